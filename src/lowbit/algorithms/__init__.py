@@ -1,0 +1,23 @@
+"""Algorithms choose numbers: a dense weight, a spec and what was measured of the activations give a `QuantTensor`.
+
+They never touch files or modules. :func:`quantize` picks the algorithm that a spec calls for.
+"""
+
+from lowbit.algorithms.base import Algorithm, find_algorithm, quantize, register_algorithm
+from lowbit.algorithms.blockwise import BlockwiseTable, nested_map, table_spec
+from lowbit.algorithms.rows import Int8Rows, int8_spec
+from lowbit.algorithms.rtn import RoundToNearest, integer_spec
+
+__all__ = [
+    "Algorithm",
+    "BlockwiseTable",
+    "Int8Rows",
+    "RoundToNearest",
+    "find_algorithm",
+    "int8_spec",
+    "integer_spec",
+    "nested_map",
+    "quantize",
+    "register_algorithm",
+    "table_spec",
+]

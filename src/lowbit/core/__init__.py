@@ -1,0 +1,37 @@
+"""The mathematics: what a stored weight means. Imports torch and nothing else of lowbit but its errors."""
+
+from lowbit.core.packing import pack, packed_bytes, unpack
+from lowbit.core.plan import Kept, Plan
+from lowbit.core.qtensor import QuantTensor
+from lowbit.core.reference import dequantize, linear
+from lowbit.core.spec import (
+    Activation,
+    Code,
+    Grouping,
+    IntCode,
+    QuantSpec,
+    Scale,
+    SecondLevel,
+    TableCode,
+    Zero,
+)
+
+__all__ = [
+    "Activation",
+    "Code",
+    "Grouping",
+    "IntCode",
+    "Kept",
+    "Plan",
+    "QuantSpec",
+    "QuantTensor",
+    "Scale",
+    "SecondLevel",
+    "TableCode",
+    "Zero",
+    "dequantize",
+    "linear",
+    "pack",
+    "packed_bytes",
+    "unpack",
+]

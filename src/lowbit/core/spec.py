@@ -1,0 +1,340 @@
+"""`QuantSpec`: the whole meaning of a stored weight, as frozen, hashable, validated data.
+
+A weight ``W [out, in]`` is described by five choices: how one number is *coded*, how it is *scaled*, what its *zero* is,
+which weights share these (*grouping*), and what happens to *activations* when the weight is used. The arithmetic is in
+:mod:`lowbit.core.reference`, the layout of the tensors in :meth:`QuantSpec.tensors`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+
+from lowbit.core import dtypes
+from lowbit.core.packing import packed_bytes
+from lowbit.errors import FormatError, SpecError
+
+TensorLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class IntCode:
+    """A `bits`-bit integer: ``0 .. 2**bits - 1``, or ``-2**(bits-1) .. 2**(bits-1) - 1`` where `signed`."""
+
+    bits: int
+    signed: bool = False
+
+    def __post_init__(self) -> None:
+        _require(type(self.bits) is int and 1 <= self.bits <= 8, "an integer code has 1 to 8 bits", self.bits)
+
+    @property
+    def low(self) -> int:
+        return -(1 << self.bits - 1) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        return (1 << self.bits - self.signed) - 1
+
+    def __str__(self) -> str:
+        return f"{'' if self.signed else 'u'}int{self.bits}"
+
+
+@dataclass(frozen=True)
+class TableCode:
+    """A `bits`-bit index into a table of ``2**bits`` fp32 values that is stored with the weight.
+
+    `name` is how the wire calls the table (``nf4``, ``fp4``); the stored values decide.
+    """
+
+    name: str
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        _require(type(self.bits) is int and 1 <= self.bits <= 8, "a table code has 1 to 8 bits", self.bits)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Code = IntCode | TableCode
+
+
+@dataclass(frozen=True)
+class SecondLevel:
+    """How first-level scales (or zeros) are themselves quantized: ``scale[j] = super[j // size] * decode(code[j]) + offset``.
+
+    ``integer``: unsigned integers of `bits` bits times a super-scale (GGUF K-quants). ``table``: indices into a table of
+    ``2**bits`` values (bitsandbytes' nested quantization). ``float8``: e4m3 numbers (NVFP4).
+
+    Attributes:
+        size: first-level scales per super-scale, counted along the order in which they are stored; 0 for all.
+        dtype: of the super-scales.
+        offset: whether one fp32 number is added (bitsandbytes subtracts the mean before it nests).
+    """
+
+    kind: Literal["integer", "table", "float8"]
+    size: int
+    dtype: torch.dtype = torch.float32
+    bits: int = 8
+    offset: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("integer", "table", "float8"), "unknown kind of second level", self.kind)
+        _require(self.size >= 0, "a second level's size is not negative", self.size)
+        _require(1 <= self.bits <= 8, "a second level has 1 to 8 bits", self.bits)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.kind == "float8" else torch.uint8
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What codes are multiplied with.
+
+    Attributes:
+        dtype: of the scales as stored; with a second level, of the decoded scales.
+        multiplier: a constant applied after the scale. LLM.int8() stores the absolute maximum of a row and multiplies
+            ``code * absmax`` with 1/127; folding that into the scale would round differently.
+        second: set where the scales are themselves quantized.
+    """
+
+    dtype: torch.dtype
+    multiplier: float = 1.0
+    second: SecondLevel | None = None
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The point that maps to zero.
+
+    ``integer``: ``W = (q - z) * s`` with z of `bits` bits, packed like the codes. ``float``: the same with a real z of
+    `dtype` (HQQ). ``additive``: ``W = q * s + z``, z real (llm-awq's scaled zeros, torchao, the mins of K-quants).
+    """
+
+    kind: Literal["integer", "float", "additive"]
+    bits: int = 0
+    dtype: torch.dtype = torch.float16
+    second: SecondLevel | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("integer", "float", "additive"), "unknown kind of zero", self.kind)
+        _require(self.kind != "integer" or 1 <= self.bits <= 8, "an integer zero has 1 to 8 bits", self.bits)
+        _require(self.second is None or self.kind != "integer", "an integer zero has one level", self.second)
+
+    def __str__(self) -> str:
+        return {"integer": "integer zero", "float": "float zero", "additive": "additive zero"}[self.kind]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which weights share a scale: tiles of `rows` x `cols`, 0 for the whole axis.
+
+    Attributes:
+        flat: groups are runs of `cols` weights in row-major order and may straddle rows (bitsandbytes).
+        permuted: ``group_index int32 [in]`` says which group each input column belongs to (act-order).
+    """
+
+    rows: int = 1
+    cols: int = 0
+    flat: bool = False
+    permuted: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.rows >= 0 and self.cols >= 0, "a group's sides are not negative", (self.rows, self.cols))
+        _require(not self.flat or (self.cols > 0 and self.rows == 1), "flat groups have a length and one row", self)
+        _require(not (self.flat and self.permuted), "flat groups can't be permuted", self)
+
+    @classmethod
+    def per_tensor(cls) -> Grouping:
+        return cls(rows=0, cols=0)
+
+    @classmethod
+    def per_channel(cls) -> Grouping:
+        return cls(rows=1, cols=0)
+
+    @classmethod
+    def groups(cls, size: int, permuted: bool = False) -> Grouping:
+        return cls(rows=1, cols=size, permuted=permuted)
+
+    @classmethod
+    def flat_blocks(cls, size: int) -> Grouping:
+        return cls(rows=1, cols=size, flat=True)
+
+    def counts(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """The shape of the scales of a weight ``[out, in]``; a last group may be shorter."""
+        out_features, in_features = shape
+        if self.flat:
+            return (-(-out_features * in_features // self.cols),)
+        return -(-out_features // (self.rows or out_features)), -(-in_features // (self.cols or in_features))
+
+    def __str__(self) -> str:
+        if self.flat:
+            return f"blocks of {self.cols}"
+        if self.rows == 0 and self.cols == 0:
+            return "per tensor"
+        if self.rows == 1 and self.cols == 0:
+            return "per channel"
+        text = f"groups of {self.cols}" if self.rows == 1 else f"tiles of {self.rows} x {self.cols}"
+        return f"{text}, permuted" if self.permuted else text
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What happens to the input of a linear layer.
+
+    ``none``: nothing. ``int8``: each row (token) is quantized to int8 by its absolute maximum; columns in which any
+    value reaches `threshold` stay in 16 bits (LLM.int8()); threshold 0 keeps none.
+    """
+
+    kind: Literal["none", "int8"] = "none"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("none", "int8"), "unknown activation policy", self.kind)
+        _require(self.threshold >= 0, "an outlier threshold is not negative", self.threshold)
+
+    def __str__(self) -> str:
+        return f"int8 activations, outliers from {self.threshold:g}" if self.threshold else "int8 activations"
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The meaning of one quantized weight.
+
+    Attributes:
+        dtype: what the weight had before and dequantizes to.
+        rounding: ``once``: fp32 arithmetic, one rounding to the result's dtype at the end. ``each``: every operation
+            rounds to the result's dtype (HQQ, quanto).
+    """
+
+    code: Code
+    scale: Scale
+    grouping: Grouping
+    zero: Zero | None = None
+    activation: Activation = field(default_factory=Activation)
+    dtype: torch.dtype = torch.float16
+    rounding: Literal["once", "each"] = "once"
+
+    def __post_init__(self) -> None:
+        _require(self.rounding in ("once", "each"), "unknown rounding", self.rounding)
+        _require(self.zero is None or isinstance(self.code, IntCode), "only integer codes have a zero point", self.zero)
+
+    @property
+    def bits(self) -> int:
+        return self.code.bits
+
+    def codes_layout(self, shape: tuple[int, int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Packed along the input axis, rows byte-aligned; flat groups are one stream; 8 bits are not packed at all."""
+        out_features, in_features = shape
+        if self.bits == 8:
+            signed = isinstance(self.code, IntCode) and self.code.signed
+            return (out_features, in_features), torch.int8 if signed else torch.uint8
+        if self.grouping.flat:
+            return (packed_bytes(out_features * in_features, self.bits),), torch.uint8
+        return (out_features, packed_bytes(in_features, self.bits)), torch.uint8
+
+    def tensors(self, shape: tuple[int, int]) -> TensorLayout:
+        """The tensors of a weight ``[out, in]`` by name, each with its shape and dtype.
+
+        ``codes``; ``scales`` (first-level codes where there is a second level, with ``super_scales`` and, by kind,
+        ``super_table`` and ``super_offset``); ``zeros`` likewise; ``table``; ``group_index``.
+        """
+        counts = self.grouping.counts(shape)
+        layout: TensorLayout = {"codes": self.codes_layout(shape)}
+        if isinstance(self.code, TableCode):
+            layout["table"] = ((1 << self.bits,), torch.float32)
+        layout |= _scale_layout("scales", self.scale.dtype, self.scale.second, counts)
+        if self.zero is not None and self.zero.kind == "integer":
+            layout["zeros"] = ((*counts[:-1], packed_bytes(counts[-1], self.zero.bits)), torch.uint8)
+        elif self.zero is not None:
+            layout |= _scale_layout("zeros", self.zero.dtype, self.zero.second, counts)
+        if self.grouping.permuted:
+            layout["group_index"] = ((shape[1],), torch.int32)
+        return layout
+
+    def to_json(self) -> str:
+        """A canonical text that :meth:`from_json` reads back; the same spec always gives the same text."""
+        return _to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> QuantSpec:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FormatError: the text is not JSON, has unknown fields, or a value of the wrong kind.
+        """
+        return _from_json(text)
+
+    def __str__(self) -> str:
+        parts = [str(self.code), str(self.grouping)]
+        parts += [str(self.zero)] if self.zero else []
+        parts += ["nested scales" if self.scale.second.kind == "table" else "two-level scales"] if self.scale.second else []
+        parts += [str(self.activation)] if self.activation.kind != "none" else []
+        return ", ".join(parts)
+
+
+def _scale_layout(name: str, dtype: torch.dtype, second: SecondLevel | None, counts: tuple[int, ...]) -> TensorLayout:
+    if second is None:
+        return {name: (counts, dtype)}
+    total = 1
+    for count in counts:
+        total *= count
+    layout: TensorLayout = {
+        name: (counts, second.stored_dtype),
+        f"super_{name}": ((-(-total // (second.size or total)),), second.dtype),
+    }
+    if second.kind == "table":
+        layout[f"super_{name}_table"] = ((1 << second.bits,), torch.float32)
+    if second.offset:
+        layout[f"super_{name}_offset"] = ((1,), torch.float32)
+    return layout
+
+
+def _require(condition: bool, message: str, found: object) -> None:
+    if not condition:
+        raise SpecError(f"{message}; found {found!r}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _to_json(spec: QuantSpec) -> str:
+    data = asdict(spec)
+    data["code"]["kind"] = "integer" if isinstance(spec.code, IntCode) else "table"
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), default=dtypes.name_of)
+
+
+@functools.lru_cache(maxsize=1024)
+def _from_json(text: str) -> QuantSpec:
+    try:
+        data = json.loads(text)
+        code = data.pop("code")
+        code_type: type[IntCode] | type[TableCode] = {"integer": IntCode, "table": TableCode}[code.pop("kind")]
+        return _build(
+            QuantSpec,
+            data
+            | {
+                "code": _build(code_type, code),
+                "scale": _build_level(Scale, data["scale"]),
+                "zero": _build_level(Zero, data["zero"]) if data["zero"] else None,
+                "grouping": _build(Grouping, data["grouping"]),
+                "activation": _build(Activation, data["activation"]),
+            },
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise FormatError(f"not a quantization spec: {error}", found=text[:120]) from error
+
+
+def _build_level(cls: type[Any], data: dict[str, Any]) -> Any:
+    second = data.get("second")
+    return _build(cls, data | {"second": _build(SecondLevel, second) if second else None})
+
+
+def _build(cls: type[Any], data: dict[str, Any]) -> Any:
+    known = {f.name for f in fields(cls)}
+    if unknown := set(data) - known:
+        raise FormatError(f"unknown fields in {cls.__name__}", found=sorted(unknown), expected=sorted(known))
+    return cls(**{key: dtypes.parse(value) if key == "dtype" else value for key, value in data.items()})

@@ -1,0 +1,51 @@
+"""Every error that lowbit raises on purpose; all derive from :class:`LowbitError`."""
+
+from __future__ import annotations
+
+
+class LowbitError(Exception):
+    """Base of lowbit's errors."""
+
+
+class SpecError(LowbitError, ValueError):
+    """A quantization spec, or a tensor's shape under it, that has no meaning."""
+
+
+class FormatError(LowbitError, ValueError):
+    """Bytes or a configuration that no wire can read; names what was found, what was expected, and where."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        tensor: str | None = None,
+        found: object = None,
+        expected: object = None,
+    ) -> None:
+        self.message, self.file, self.tensor, self.found, self.expected = message, file, tensor, found, expected
+        super().__init__(self._compose())
+
+    def _compose(self) -> str:
+        where = " of ".join(part for part in (self.tensor, self.file) if part)
+        details = [f"{label} {value}" for label, value in (("found", self.found), ("expected", self.expected)) if value is not None]
+        text = f"{where}: {self.message}" if where else self.message
+        return f"{text} ({', '.join(details)})" if details else text
+
+    def located(self, *, file: str | None = None, tensor: str | None = None) -> FormatError:
+        """The same error with the file or tensor filled in by a caller that knows it."""
+        return FormatError(
+            self.message,
+            file=self.file or file,
+            tensor=self.tensor or tensor,
+            found=self.found,
+            expected=self.expected,
+        )
+
+
+class PlanError(LowbitError, ValueError):
+    """A request that can't be carried out on this model; found before any work is done."""
+
+
+class KernelUnavailable(LowbitError, RuntimeError):
+    """No kernel fits a problem; the message holds every kernel's reason."""

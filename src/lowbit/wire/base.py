@@ -1,0 +1,141 @@
+"""What a wire is, and the checks that several wires make."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowbit.core import QuantSpec, QuantTensor
+from lowbit.core.spec import TensorLayout
+from lowbit.errors import FormatError
+
+Settings = TypeVar("Settings")
+Json = Mapping[str, Any]
+
+
+class Wire(abc.ABC, Generic[Settings]):
+    """Reads and writes one format.
+
+    `Settings` is a frozen dataclass: what ``config.json`` says once for the whole checkpoint, parsed and checked.
+    ``read(write(t))`` gives every bit of ``t`` back, and ``write(read(bytes))`` the same bytes where the format has one
+    spelling only.
+
+    Attributes:
+        name: the wire's own name, unique among wires.
+        quant_method: what ``quantization_config.quant_method`` calls the format.
+        suffixes: the names that a weight's tensors have behind the module's name; all that may occur.
+        marker: the suffix whose presence says that a module is quantized.
+    """
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    marker: ClassVar[str]
+
+    def detect(self, config: Json) -> bool:
+        """Whether a ``quantization_config`` is of this wire."""
+        return config.get("quant_method") == self.quant_method
+
+    @abc.abstractmethod
+    def parse(self, config: Json) -> Settings:
+        """Check a ``quantization_config``.
+
+        Raises:
+            FormatError: a value is missing, of the wrong type, or out of range.
+        """
+
+    @abc.abstractmethod
+    def config(self, settings: Settings) -> dict[str, Any]:
+        """The ``quantization_config`` that the original library would write."""
+
+    @abc.abstractmethod
+    def spec(self, settings: Settings) -> QuantSpec:
+        """What the settings say of every weight. A single weight's tensors may say more (its dtype, a permutation)."""
+
+    @abc.abstractmethod
+    def expected(self, settings: Settings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
+        """The tensors that :meth:`write` gives for a weight ``[out, in]``, by suffix."""
+
+    @abc.abstractmethod
+    def read(self, settings: Settings, tensors: Mapping[str, Tensor]) -> QuantTensor:
+        """One weight from its tensors, by suffix; validated.
+
+        Raises:
+            FormatError: tensors are missing, or disagree with the settings or with each other.
+        """
+
+    @abc.abstractmethod
+    def write(self, settings: Settings, tensor: QuantTensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`read`.
+
+        Raises:
+            FormatError: the format can't spell this spec.
+        """
+
+    @abc.abstractmethod
+    def refusal(self, settings: Settings, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        """Why a weight of this spec and shape can't be written, or None where it can."""
+
+
+def require_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise a FormatError for the first of `names` that `tensors` lacks."""
+    for name in names:
+        if name not in tensors:
+            raise FormatError("a quantized weight lacks a tensor", tensor=name, found=sorted(tensors), expected=name)
+
+
+def require_tensor(
+    name: str, tensor: Tensor, *, shape: tuple[int, ...] | None = None, dtypes: Sequence[torch.dtype] = (), dims: int | None = None
+) -> None:
+    """Raise a FormatError unless the tensor has the shape, one of the dtypes, and the number of dimensions."""
+    if dims is not None and tensor.dim() != dims:
+        raise FormatError("wrong number of dimensions", tensor=name, found=list(tensor.shape), expected=f"{dims} dimensions")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise FormatError("wrong shape", tensor=name, found=list(tensor.shape), expected=list(shape))
+    if dtypes and tensor.dtype not in dtypes:
+        raise FormatError("wrong dtype", tensor=name, found=tensor.dtype, expected=" or ".join(map(str, dtypes)))
+
+
+def field(config: Json, name: str, kind: type, default: Any = None, *, allowed: Sequence[Any] = ()) -> Any:
+    """A value of a configuration, of exactly the type `kind` (a bool is not an int here).
+
+    Raises:
+        FormatError: absent without a default, of another type, or not one of `allowed`.
+    """
+    value = config.get(name, default)
+    if value is None and default is None:
+        raise FormatError(f"quantization_config lacks '{name}'", found=sorted(map(str, config)), expected=name)
+    if type(value) is not kind:
+        raise FormatError(f"quantization_config.{name} has the wrong type", found=repr(value)[:80], expected=kind.__name__)
+    if allowed and value not in allowed:
+        raise FormatError(f"quantization_config.{name} is out of range", found=repr(value)[:80], expected=list(allowed))
+    return value
+
+
+def group_size_of(config: Json, *names: str, default: int = 128) -> int:
+    """The group size under the first of `names` that is there: positive, or -1 for one group per row.
+
+    Raises:
+        FormatError: anything else.
+    """
+    name = next((name for name in names if name in config), names[0])
+    size: int = field(config, name, int, default)
+    if size != -1 and size <= 0:
+        raise FormatError(f"quantization_config.{name} is out of range", found=size, expected="-1 or a positive integer")
+    return size
+
+
+def as_words(packed: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Read the bytes of the last axis as wider integers."""
+    return packed.reshape(-1).contiguous().view(dtype).view(*packed.shape[:-1], -1)
+
+
+def as_bytes(words: Tensor) -> Tensor:
+    """Read integers of any width as bytes along the last axis."""
+    return words.reshape(-1).contiguous().view(torch.uint8).view(*words.shape[:-1], -1)
+
+

@@ -1,0 +1,187 @@
+"""GPTQ as AutoGPTQ and GPTQModel write it: 2, 3, 4 or 8 bits packed along the input axis in 32-bit words.
+
+=========== ======================== =================================================================
+``qweight``  int32 [in*b/32, out]     codes, least significant bits first, 3-bit values across words
+``qzeros``   int32 [groups, out*b/32] zero points; version 1 stores ``zero - 1``, version 2 ``zero``
+``scales``   fp16 [groups, out]
+``g_idx``    int32 [in]               the group of each input column; absent: ``column // group_size``
+=========== ======================== =================================================================
+
+``W[n, k] = scales[g_idx[k], n] * (q[k, n] - zero[g_idx[k], n])``. In version 1 a zero point of 0 is stored as all ones:
+it wraps around, as GPTQModel and AutoGPTQ's ``cuda_old`` read it, and does not become ``2**b``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero, pack, unpack
+from lowbit.core.spec import TensorLayout
+from lowbit.errors import FormatError
+from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_tensor, require_tensors
+
+BITS = (2, 3, 4, 8)
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """What ``config.json`` (or AutoGPTQ's ``quantize_config.json``) says.
+
+    Attributes:
+        version: 1 for ``checkpoint_format: gptq``, 2 for ``gptq_v2``.
+    """
+
+    bits: int
+    group_size: int = 128
+    symmetric: bool = True
+    desc_act: bool = False
+    version: int = 1
+
+
+class GptqWire(Wire[GptqSettings]):
+    name: ClassVar[str] = "gptq"
+    quant_method: ClassVar[str] = "gptq"
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    marker: ClassVar[str] = "qweight"
+
+    def parse(self, config: Json) -> GptqSettings:
+        spelled = config.get("checkpoint_format") or config.get("format") or "gptq"
+        versions = {"gptq": 1, "gptq_v2": 2}
+        if spelled not in versions:
+            raise FormatError("unknown GPTQ checkpoint format", found=repr(spelled)[:80], expected=sorted(versions))
+        return GptqSettings(
+            bits=field(config, "bits", int, allowed=BITS),
+            group_size=group_size_of(config, "group_size"),
+            symmetric=field(config, "sym", bool, True),
+            desc_act=field(config, "desc_act", bool, False),
+            version=versions[spelled],
+        )
+
+    def config(self, settings: GptqSettings) -> dict[str, Any]:
+        return {
+            "quant_method": "gptq",
+            "bits": settings.bits,
+            "group_size": settings.group_size,
+            "sym": settings.symmetric,
+            "desc_act": settings.desc_act,
+            "checkpoint_format": "gptq" if settings.version == 1 else "gptq_v2",
+        }
+
+    def spec(self, settings: GptqSettings) -> QuantSpec:
+        return _spec(settings.bits, settings.group_size, settings.desc_act, torch.float16)
+
+    def expected(self, settings: GptqSettings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
+        out_features, in_features = shape
+        groups = spec.grouping.counts(shape)[1]
+        return {
+            "qweight": ((in_features * spec.bits // 32, out_features), torch.int32),
+            "qzeros": ((groups, out_features * spec.bits // 32), torch.int32),
+            "scales": ((groups, out_features), spec.scale.dtype),
+            "g_idx": ((in_features,), torch.int32),
+        }
+
+    def read(self, settings: GptqSettings, tensors: Mapping[str, Tensor]) -> QuantTensor:
+        require_tensors(tensors, ("qweight", "qzeros", "scales"))
+        shape = self._shape(settings, tensors["qweight"])
+        scales = tensors["scales"]
+        require_tensor("scales", scales, dtypes=_SCALES, dims=2)
+        spec = _spec(settings.bits, settings.group_size, False, scales.dtype)
+        group_index = self._group_index(settings, spec, tensors.get("g_idx"), shape)
+        if group_index is not None:
+            spec = replace(spec, grouping=Grouping.groups(settings.group_size, permuted=True))
+        for name, (wanted, _) in self.expected(settings, spec, shape).items():
+            if name in tensors:
+                require_tensor(name, tensors[name], shape=wanted)
+        require_tensor("qzeros", tensors["qzeros"], dtypes=(torch.int32,))
+        own = {
+            "codes": as_bytes(tensors["qweight"].t()),
+            "scales": scales.t().contiguous(),
+            "zeros": self._read_zeros(settings, tensors["qzeros"], shape[0]),
+        }
+        if group_index is not None:
+            own["group_index"] = group_index
+        return QuantTensor(spec, own, shape).validate()
+
+    def write(self, settings: GptqSettings, tensor: QuantTensor) -> dict[str, Tensor]:
+        if reason := self.refusal(settings, tensor.spec, tensor.shape):
+            raise FormatError(f"GPTQ can't spell this weight: {reason}", found=tensor.spec)
+        (out_features, in_features), own = tensor.shape, tensor.tensors
+        groups = tensor.spec.grouping.counts(tensor.shape)[1]
+        zeros = unpack(own["zeros"], settings.bits, groups).t()
+        stored = zeros if settings.version == 2 else zeros.to(torch.int16) - 1
+        group_size = tensor.spec.grouping.cols or in_features
+        plain = torch.arange(in_features, dtype=torch.int32, device=tensor.device) // group_size
+        return {
+            "qweight": as_words(own["codes"]).t().contiguous(),
+            "qzeros": as_words(pack(stored, settings.bits)),
+            "scales": own["scales"].t().contiguous(),
+            "g_idx": own.get("group_index", plain),
+        }
+
+    def refusal(self, settings: GptqSettings, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        out_features, in_features = shape
+        wanted = _spec(settings.bits, settings.group_size, spec.grouping.permuted, spec.scale.dtype)
+        if settings.bits not in BITS:
+            return f"GPTQ has 2, 3, 4 and 8 bits, not {settings.bits}"
+        if spec != wanted:
+            return f"the checkpoint holds '{wanted}'"
+        if in_features * spec.bits % 32 or out_features * spec.bits % 32:
+            return f"{out_features} x {in_features} at {spec.bits} bits doesn't fill whole 32-bit words"
+        return None
+
+    def _shape(self, settings: GptqSettings, qweight: Tensor) -> tuple[int, int]:
+        require_tensor("qweight", qweight, dtypes=(torch.int32,), dims=2)
+        if qweight.shape[0] * 32 % settings.bits:
+            raise FormatError(
+                f"rows don't hold whole {settings.bits}-bit values", tensor="qweight", found=list(qweight.shape)
+            )
+        return qweight.shape[1], qweight.shape[0] * 32 // settings.bits
+
+    def _group_index(
+        self, settings: GptqSettings, spec: QuantSpec, g_idx: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor | None:
+        """None where the groups are consecutive columns."""
+        if g_idx is None:
+            return None
+        require_tensor("g_idx", g_idx, shape=(shape[1],), dtypes=(torch.int32, torch.int64))
+        size = settings.group_size if settings.group_size > 0 else shape[1]
+        plain = torch.arange(shape[1], dtype=g_idx.dtype, device=g_idx.device) // size
+        if torch.equal(g_idx, plain):
+            return None
+        if settings.group_size == -1:
+            raise FormatError("group_size -1 has one group", tensor="g_idx", found=f"up to {int(g_idx.max())}", expected=0)
+        low, high, groups = int(g_idx.min()), int(g_idx.max()), spec.grouping.counts(shape)[1]
+        if low < 0 or high >= groups:
+            raise FormatError("a column's group is out of range", tensor="g_idx", found=f"{low}..{high}", expected=f"0..{groups - 1}")
+        return g_idx.to(torch.int32)
+
+    def _read_zeros(self, settings: GptqSettings, qzeros: Tensor, out_features: int) -> Tensor:
+        stored = unpack(as_bytes(qzeros), settings.bits, out_features)
+        middle = 1 << settings.bits - 1
+        if settings.symmetric and settings.version == 1 and bool((stored == middle).all()):
+            raise FormatError(
+                "symmetric zero points are stored as in version 2, but version 1 is declared; "
+                'set "checkpoint_format": "gptq_v2" in the quantization_config if that is what the file is',
+                tensor="qzeros",
+                found=middle,
+                expected=middle - 1,
+            )
+        zeros = stored if settings.version == 2 else stored.to(torch.int16) + 1
+        return pack(zeros.t(), settings.bits)
+
+
+def _spec(bits: int, group_size: int, permuted: bool, scale_dtype: torch.dtype) -> QuantSpec:
+    whole_row = group_size == -1
+    return QuantSpec(
+        code=IntCode(bits),
+        scale=Scale(scale_dtype),
+        grouping=Grouping.per_channel() if whole_row else Grouping.groups(group_size, permuted),
+        zero=Zero("integer", bits),
+        dtype=scale_dtype,
+    )

@@ -1,0 +1,266 @@
+"""Checkpoint folders: which files there are, what is in them, and one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowbit.core import Kept, Plan, QuantTensor
+from lowbit.errors import FormatError
+from lowbit.wire.base import Wire
+from lowbit.wire.detect import find_wire
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+_JSON_LIMIT: Final = 64 * 2**20  # bytes; the index of the largest models takes under 10 MB
+_LFS: Final = b"version https://git-lfs"
+# Where AutoGPTQ and AutoAWQ put what is in config.json now.
+SIDECARS: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        FormatError: missing, too large, not UTF-8, not JSON, not an object, or nested too deep.
+    """
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise FormatError("the file is too large", file=str(path), found=path.stat().st_size, expected=_JSON_LIMIT)
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"can't be read: {error.strerror}", file=str(path)) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not JSON: {error}", file=str(path)) from error
+    if not isinstance(data, dict):
+        raise FormatError("is not a JSON object", file=str(path), found=type(data).__name__)
+    return data
+
+
+def quantization_config(folder: Path) -> dict[str, Any] | None:
+    """What ``config.json`` (also of a text tower) or a sidecar says of quantization; None for a dense checkpoint.
+
+    Raises:
+        FormatError: the configuration is there but is not an object.
+    """
+    config = read_json(folder / "config.json")
+    found = config.get("quantization_config")
+    if found is None and isinstance(config.get("text_config"), dict):
+        found = config["text_config"].get("quantization_config")
+    if found is None:
+        found = sidecar_config(folder)
+    if found is not None and not isinstance(found, dict):
+        raise FormatError("quantization_config is not an object", file=str(folder / "config.json"), found=repr(found)[:80])
+    return found
+
+
+def sidecar_config(folder: Path) -> dict[str, Any] | None:
+    """The quantization config that AutoGPTQ or AutoAWQ left beside ``config.json``, with its method named."""
+    for name, method in SIDECARS.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
+
+
+class CheckpointFiles:
+    """The tensors of a folder of safetensors files, by name, without reading them.
+
+    Raises:
+        FormatError: no weights, only pickled ones, a shard outside the folder, missing or damaged, or a tensor in two
+            shards or in none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files = self._locate()
+        self._readers: dict[Path, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def layout(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype name, from the header."""
+        view = self._reader(self._files[name]).get_slice(name)
+        return tuple(view.get_shape()), view.get_dtype()
+
+    def file_of(self, name: str) -> Path:
+        return self._files[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor to the host."""
+        tensor: Tensor = self._reader(self._files[name]).get_tensor(name)
+        return tensor
+
+    def _locate(self) -> dict[str, Path]:
+        if (self.folder / INDEX).is_file():
+            return self._locate_shards(read_json(self.folder / INDEX))
+        single = self._single_file()
+        return dict.fromkeys(self._names_in(single), single)
+
+    def _single_file(self) -> Path:
+        if (self.folder / SINGLE).is_file():
+            return self.folder / SINGLE
+        found = sorted(self.folder.glob("*.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        pickles = sorted(path.name for suffix in ("*.bin", "*.pt", "*.pth") for path in self.folder.glob(suffix))
+        hint = (
+            "; pickled weights are not read, since loading them can run any code: convert them to safetensors"
+            if pickles
+            else ""
+        )
+        raise FormatError(
+            f"no weights{hint}", file=str(self.folder), found=[path.name for path in found] + pickles, expected=SINGLE
+        )
+
+    def _locate_shards(self, index: dict[str, Any]) -> dict[str, Path]:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise FormatError("weight_map has to map tensor names to files", file=str(self.folder / INDEX))
+        holds = {shard: set(self._names_in(self._shard_path(shard))) for shard in sorted(set(weight_map.values()))}
+        for name, shard in weight_map.items():
+            if name not in holds[shard]:
+                raise FormatError("the index lists a tensor that its shard lacks", file=shard, tensor=name)
+        for shard, names in holds.items():
+            for name in names:
+                if weight_map.get(name) != shard:
+                    raise FormatError(
+                        "a shard holds a tensor that the index doesn't list there",
+                        file=shard,
+                        tensor=name,
+                        found=weight_map.get(name),
+                        expected=shard,
+                    )
+        return {name: self._shard_path(shard) for name, shard in weight_map.items()}
+
+    def _shard_path(self, shard: str) -> Path:
+        """Refuses paths that leave the folder by name; links inside it are the user's own (hub caches are made of them)."""
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise FormatError("a shard's name leaves the folder", file=str(self.folder / INDEX), found=shard)
+        return self.folder / shard
+
+    def _names_in(self, path: Path) -> list[str]:
+        return list(self._reader(path).keys())
+
+    def _reader(self, path: Path) -> Any:
+        if path not in self._readers:
+            self._readers[path] = _open(path)
+        return self._readers[path]
+
+
+def _open(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                raise FormatError("this is a git-lfs pointer, not the weights: run 'git lfs pull'", file=str(path))
+        return safe_open(str(path), framework="pt", device="cpu")
+    except OSError as error:
+        raise FormatError(f"can't be read: {error.strerror or error}", file=str(path)) from error
+    except SafetensorError as error:
+        raise FormatError(f"is not a valid safetensors file: {error}", file=str(path)) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A quantized checkpoint, opened without a model.
+
+    Attributes:
+        format: the wire's name.
+        weights: the quantized weights by module name, each read when asked for.
+        plan: what is quantized and what was kept.
+        config: the ``quantization_config`` as stored.
+    """
+
+    format: str
+    weights: Mapping[str, QuantTensor]
+    plan: Plan
+    config: Mapping[str, Any]
+
+
+class _LazyWeights(Mapping[str, QuantTensor]):
+    def __init__(self, files: CheckpointFiles, wire: Wire[Any], settings: Any, modules: list[str]) -> None:
+        self._files, self._wire, self._settings, self._modules = files, wire, settings, modules
+
+    def __getitem__(self, module: str) -> QuantTensor:
+        if module not in self._modules:
+            raise KeyError(module)
+        present = set(self._files.names())
+        tensors = {
+            suffix: self._files.tensor(f"{module}.{suffix}")
+            for suffix in self._wire.suffixes
+            if f"{module}.{suffix}" in present
+        }
+        try:
+            return self._wire.read(self._settings, tensors)
+        except FormatError as error:
+            name = f"{module}.{error.tensor}" if error.tensor else module
+            raise FormatError(
+                error.message,
+                file=str(self._files.file_of(f"{module}.{self._wire.marker}")),
+                tensor=name,
+                found=error.found,
+                expected=error.expected,
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a quantized checkpoint folder; reads headers and configuration only.
+
+    Raises:
+        FormatError: not a folder of safetensors files, not quantized, or in a format that no wire reads.
+    """
+    folder = Path(path)
+    config = quantization_config(folder)
+    if config is None:
+        raise FormatError(
+            "the checkpoint is not quantized",
+            file=str(folder / "config.json"),
+            found="no quantization_config",
+            expected="a quantization_config in config.json, or a quantize_config.json beside it",
+        )
+    wire = find_wire(config)
+    settings = wire.parse(config)
+    files = CheckpointFiles(folder)
+    modules = quantized_modules(files.names(), wire)
+    if not modules:
+        raise FormatError(
+            "config.json declares a quantized checkpoint, but no tensor is",
+            file=str(folder),
+            found=f"no *.{wire.marker}",
+            expected=wire.name,
+        )
+    weights = _LazyWeights(files, wire, settings, modules)
+    return Checkpoint(wire.name, weights, _plan(files, wire, weights, modules), config)
+
+
+def quantized_modules(names: list[str], wire: Wire[Any]) -> list[str]:
+    """The modules whose weights are stored in `wire`, in the order of the files."""
+    ending = f".{wire.marker}"
+    return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+
+
+def _plan(files: CheckpointFiles, wire: Wire[Any], weights: _LazyWeights, modules: list[str]) -> Plan:
+    owned = {f"{module}.{suffix}" for module in modules for suffix in wire.suffixes}
+    entries: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module in modules:
+        tensor = weights[module]
+        entries[module], shapes[module] = tensor.spec, tensor.shape
+    for name in files.names():
+        shape, dtype = files.layout(name)
+        if name not in owned and len(shape) >= 2:
+            module = name.removesuffix(".weight")
+            entries[module], shapes[module] = Kept(f"stored dense ({dtype.lower()})"), shape
+    return Plan(entries, shapes)
