@@ -95,4 +95,8 @@ class QuantTensor:
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)) if left.numel() else True
+    return torch.equal(_raw(left), _raw(right))
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)

@@ -1,0 +1,151 @@
+"""`QuantLinear`: the one quantized linear layer, for every format and every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core import QuantSpec, QuantTensor
+from lowbit.kernels import Problem, kernel_named, ops, select
+
+CANONICAL = "torch"  # the kernel whose layout is the spec's own
+
+
+class QuantLinear(nn.Linear):
+    """``inputs @ W.T + bias`` with a packed weight.
+
+    It is an ``nn.Linear`` for everyone who asks (PEFT adapts it as it is), but has no ``weight`` parameter: the packed
+    tensors are plain parameters without gradient, named as the kernel's layout names them, so that placement, offloading
+    and `state_dict` work as on any module. Casting the module moves only the bias; codes and scales keep their dtypes.
+
+    Args:
+        spec: what the weight means.
+        shape: logical ``(out, in)``.
+        bias: ``[out]`` or None.
+        compute_dtype: what inputs are cast to for the product (bitsandbytes' compute dtype); None for the inputs' own.
+        dtype: of the dense ``weight`` that others see.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        *,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.compute_dtype = compute_dtype
+        self.dense_dtype = dtype or spec.dtype
+        self.kernel = CANONICAL
+        self.register_parameter("bias", bias)
+        self._names: tuple[str, ...] = ()
+        self.allocate(spec)
+
+    @classmethod
+    def from_tensor(
+        cls,
+        tensor: QuantTensor,
+        *,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QuantLinear:
+        """A layer around a quantized weight, on the weight's device, with the best kernel there."""
+        layer = cls(tensor.spec, tensor.shape, bias=bias, compute_dtype=compute_dtype, dtype=dtype)
+        layer._place(dict(tensor.tensors))
+        layer.select_kernel()
+        return layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def packed(self) -> list[Tensor]:
+        """The weight's tensors, in the order of the kernel's layout."""
+        return [getattr(self, name) for name in self._names]
+
+    @property
+    def packed_names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dense weight ``[out, in]``, made anew each time; writing to it changes nothing."""
+        return self.dequantize(self.dense_dtype)
+
+    def allocate(self, spec: QuantSpec) -> None:
+        """Become an empty layer of `spec` on the meta device; tensors are placed later."""
+        self.spec, self.spec_key, self.kernel = spec, spec.to_json(), CANONICAL
+        layout = spec.tensors(self.shape)
+        self._place({name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layout.items()})
+
+    def quant_tensor(self) -> QuantTensor:
+        """The weight in the spec's own layout, whatever the kernel."""
+        declared = {name: dtype for name, (_, dtype) in kernel_named(self.kernel).layout(self.spec, self.shape).items()}
+        # Training set-ups cast every half-precision parameter to fp32; that loses nothing and is undone here.
+        tensors = {name: tensor.detach().to(declared[name]) for name, tensor in zip(self._names, self.packed, strict=True)}
+        return kernel_named(self.kernel).restore(self.spec, self.shape, tensors)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize(self.packed, self.spec_key, self.kernel, self.out_features, self.in_features, dtype)
+
+    def select_kernel(self, name: str | None = None) -> None:
+        """Bring the weight into the layout of the kernel `name`, by default of the best one for its device."""
+        device = self.packed[0].device
+        if device.type == "meta":
+            return
+        if name is None:
+            problem = Problem(self.spec, self.shape, device.type, self.compute_dtype or self.dense_dtype)
+            name = select(problem).name
+        if name != self.kernel:
+            tensors = kernel_named(name).prepare(self.quant_tensor())
+            self.kernel = name
+            self._place(tensors)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        dtype = inputs.dtype
+        if torch.is_autocast_enabled(inputs.device.type):
+            dtype = torch.get_autocast_dtype(inputs.device.type)
+        compute = self.compute_dtype or dtype
+        bias = None if self.bias is None else self.bias.to(compute)
+        outputs = ops.linear(inputs.to(compute), self.packed, bias, self.spec_key, self.kernel, self.out_features)
+        return outputs.to(dtype)
+
+    def _place(self, tensors: dict[str, Tensor]) -> None:
+        for name in self._names:
+            del self._parameters[name]
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Move the packed tensors as bytes, so that a cast leaves codes and scales alone."""
+        before = self.packed[0].device.type
+        packed = {name: self._parameters.pop(name) for name in self._names}
+        try:
+            super()._apply(fn, recurse)
+            for name, tensor in packed.items():
+                if tensor is not None:
+                    moved = fn(tensor.data.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
+                    packed[name] = nn.Parameter(moved, requires_grad=False)
+        finally:
+            self._parameters.update(packed)
+        if self.packed[0].device.type != before:
+            self.select_kernel()
+        return self
+
+    def extra_repr(self) -> str:
+        bias = ", bias" if self.bias is not None else ""
+        return f"{self.in_features} -> {self.out_features}{bias}, {self.spec}, {self.kernel} kernel"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError("the weight of a QuantLinear is packed; replace the layer to change it")
+        super().__setattr__(name, value)

@@ -1,0 +1,140 @@
+"""The plan for a model: a pure function of its modules (also on the meta device) and what is asked for."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import nn
+
+from lowbit.core import Kept, Plan, QuantSpec
+from lowbit.errors import PlanError
+from lowbit.nn.swap import is_linear, linear_shape
+
+Refusal = Callable[[QuantSpec, tuple[int, int]], str | None]
+_PLAIN = re.compile(r"[\w.\-]+")
+_GLOB = re.compile(r"[\w.\-*?]+")
+# A repeated group that itself repeats or branches can take exponential time to fail.
+_EXPLOSIVE = re.compile(r"\([^()]*[*+|{][^()]*\)[*+{]|\(.*\(.*[*+|{].*\).*\)[*+{]")
+_PATTERN_LIMIT = 1000
+
+
+def plan_model(
+    model: nn.Module,
+    spec: QuantSpec,
+    *,
+    skip: Iterable[str] = (),
+    keep: dict[str, str] | None = None,
+    refusal: Refusal | None = None,
+) -> Plan:
+    """Decide what happens to every weight of two or more dimensions.
+
+    Args:
+        spec: for the weights that are quantized.
+        skip: patterns of modules that stay dense, see :func:`matches`; they add to `keep`.
+        keep: modules that stay dense by default, each with the reason (:func:`default_keep`).
+        refusal: says why a weight of a spec and shape can't be stored, or None.
+
+    Raises:
+        PlanError: a pattern is not usable, or nothing at all would be quantized.
+    """
+    patterns, keep = list(skip), keep or {}
+    entries: dict[str, QuantSpec | Kept] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            key = name if parameter_name == "weight" else f"{name}.{parameter_name}".removeprefix(".")
+            shapes[key] = tuple(parameter.shape)
+            if parameter_name == "weight" and is_linear(module):
+                shapes[key] = linear_shape(module)
+                entries[key] = _fate(key, linear_shape(module), spec, patterns, keep, refusal)
+            else:
+                entries[key] = Kept(keep.get(key) or _not_linear(module, parameter_name, parameter.dim()))
+    plan = Plan(entries, shapes)
+    if not plan.quantized:
+        raise PlanError(f"nothing in this model would be quantized:\n{plan}")
+    return plan
+
+
+def default_keep(model: nn.Module) -> dict[str, str]:
+    """The modules of a Transformers model that stay dense unless told otherwise, each with the reason.
+
+    Output heads, and everything that is tied to another module: quantizing one end of a tie would leave two different
+    weights.
+    """
+    keep: dict[str, str] = {}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in tied.items():
+        keep[source.removesuffix(".weight")] = f"tied to {target.removesuffix('.weight')}"
+        keep[target.removesuffix(".weight")] = f"tied to {source.removesuffix('.weight')}"
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        if head is not None and module is head:
+            keep.setdefault(name, "output head")
+    if hasattr(model, "get_output_embeddings"):
+        parameters = list(model.named_parameters())
+        last = parameters[-1][0].rpartition(".")[0] if parameters else ""
+        if "." not in last:
+            # Task heads (classifiers, regressors) end a model and are not among its output embeddings.
+            keep.setdefault(last, "last module, a head")
+    return keep
+
+
+def matches(name: str, patterns: Sequence[str]) -> str | None:
+    """The first pattern that a module name matches, or None.
+
+    A plain name matches itself, everything below it, and as a suffix at a dot (``lm_head``, ``layers.0``,
+    ``self_attn.q_proj``). ``*`` and ``?`` are wildcards over the whole name. Anything else is a regular expression,
+    matched from the start of the name to a dot or the end.
+
+    Raises:
+        PlanError: an expression is invalid or could take exponential time.
+    """
+    for pattern in patterns:
+        if _matches(name, pattern):
+            return pattern
+    return None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if not isinstance(pattern, str) or not pattern or len(pattern) > _PATTERN_LIMIT:
+        raise PlanError(f"a module pattern is a text of 1 to {_PATTERN_LIMIT} characters, not {pattern!r:.80}")
+    plain = pattern.removesuffix(".weight")
+    if _PLAIN.fullmatch(pattern):
+        return f".{name}.".endswith(f".{plain}.") or f"{name}.".startswith(f"{plain}.")
+    if _GLOB.fullmatch(pattern) and ".*" not in pattern:
+        return fnmatch.fnmatchcase(name, pattern)
+    if _EXPLOSIVE.search(pattern):
+        raise PlanError(f"the module pattern {pattern!r} repeats a repeated group, which can take exponential time")
+    try:
+        return re.match(rf"(?:{pattern})(?=\.|$)", name) is not None
+    except re.error as error:
+        raise PlanError(f"the module pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def _fate(
+    name: str,
+    shape: tuple[int, int],
+    spec: QuantSpec,
+    patterns: Sequence[str],
+    keep: dict[str, str],
+    refusal: Refusal | None,
+) -> QuantSpec | Kept:
+    if name in keep:
+        return Kept(keep[name])
+    if pattern := matches(name, patterns):
+        return Kept(f"skipped by '{pattern}'")
+    if reason := refusal and refusal(spec, shape):
+        return Kept(reason)
+    return spec
+
+
+def _not_linear(module: nn.Module, parameter: str, dims: int) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if dims == 3 and parameter != "weight":
+        return f"fused 3-D weight of {type(module).__name__} (experts); not supported yet"
+    return f"{type(module).__name__} is not a linear layer"

@@ -1,0 +1,76 @@
+"""Replacing dense layers by quantized ones and back; works on any `nn.Module`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.core import Plan, QuantSpec, QuantTensor
+from lowbit.nn.linear import QuantLinear
+
+Quantize = Callable[[Tensor, QuantSpec], QuantTensor]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is Transformers' `Conv1D` (GPT-2), a linear layer that stores its weight as ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a dense linear layer that can be swapped; subclasses may compute something else."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of a dense linear layer."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight")
+    rows, cols = weight.shape
+    return (cols, rows) if is_conv1d(module) else (rows, cols)
+
+
+def swap_linear(
+    model: nn.Module,
+    name: str,
+    tensor: QuantTensor,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+) -> QuantLinear:
+    """Put a quantized layer in the place of the dense layer `name`; bias and training mode are taken over."""
+    dense = model.get_submodule(name)
+    bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
+    layer = QuantLinear.from_tensor(tensor, bias=bias, compute_dtype=compute_dtype, dtype=dtype)
+    layer.train(dense.training)
+    model.set_submodule(name, layer)
+    return layer
+
+
+def quantize_model(model: nn.Module, plan: Plan, quantize: Quantize, *, compute_dtype: torch.dtype | None = None) -> None:
+    """Quantize the weights of a plan in place, one layer at a time."""
+    for name, spec in plan.quantized.items():
+        dense = model.get_submodule(name)
+        weight = dense.weight.detach()  # type: ignore[union-attr, operator]
+        dtype = weight.dtype
+        tensor = quantize(weight.T if is_conv1d(dense) else weight, spec)
+        swap_linear(model, name, tensor, compute_dtype=compute_dtype, dtype=dtype)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every quantized layer by a dense ``nn.Linear`` in place, one layer at a time.
+
+    Args:
+        dtype: of the dense weights; None for the dtype that the layer works in.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            weight = layer.dequantize(dtype or layer.dense_dtype)
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+            dense.train(layer.training)
+            model.set_submodule(name, dense)
