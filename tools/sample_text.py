@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Sample, once, the text that the shipped model is measured on: its own.
 
     python tools/sample_text.py            (writes src/lowbit/assets/sample.txt and sample.json)
 
 The perplexity of a model on text drawn from itself is (the exponential of) its entropy, which no other model can
-beat on average; what a quantized copy loses on that text is therefore its divergence from the original, and nothing
-else: no copy gets better by luck, as it can on a text that the original models imperfectly.
+beat in expectation. What a quantized copy loses on that text estimates its divergence from the original and nothing
+else, where on other people's text a copy may lose less, or even gain, by chance.
 
 That holds for the windows the text is scored in, so the text is drawn in those: 24 windows of 256 tokens, each drawn
 on its own, in fp32 at temperature 1, and joined without a separator. A window's first token is a line feed and isn't
@@ -19,13 +18,14 @@ ones: good to compare models by, but the loss of the original is then more than 
 
 Only windows that survive the way through text are taken: the text so far with the window's own, tokenized, must give
 the very ids. That leaves out windows with special tokens (the end of a document) or invalid UTF-8, and those where
-the model drew a word in other pieces than the tokenizer would cut. The bias: tokens come from the model conditional
-on acceptance, and with an acceptance rate A a copy that happened to match that conditional model could score up to
--ln A nats a window below the original. The script prints A and that bound per token; both are small beside what
-rounding to 4 bits costs.
+the model drew a word in other pieces than the tokenizer would cut. The bias: the windows come from the model's
+distribution conditional on acceptance. With an acceptance rate A, a copy that matched that conditional distribution
+would score -ln A nats a window better than the original, and none can do more in expectation. The script prints A
+and that bound per token, as well as the standard error of the finite draw: the bound is well under what rounding to
+4 bits costs (0.08 nats per token), and over what rounding to 8 bits costs, which this text can't tell from nothing.
 
-The seed fixes the draw on one machine; another processor's rounding may pick another token somewhere, and a valid
-text still. So the text that was drawn is kept, not the recipe alone.
+The seed fixes the draw on one machine; on another, floating-point rounding may pick another token somewhere, and so
+another text. Hence the text itself is kept, and not just this script.
 """
 
 import argparse
@@ -73,9 +73,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def survives(tokenizer: PreTrainedTokenizerBase, taken: list[int], window: list[int]) -> bool:
     """Whether the window, put after what was taken, comes back from text as the same ids, and as readable text."""
-    text = tokenizer.decode(taken + window, clean_up_tokenization_spaces=False)
+    text = decode(tokenizer, taken + window)
     special = set(tokenizer.all_special_ids) & set(window)
     return not special and "\r" not in text and encode(tokenizer, text) == taken + window  # \r: lost in text mode
 
@@ -91,13 +95,15 @@ def collect(
 ) -> tuple[list[int], int]:
     """-> the ids of ``count`` windows that survive, one after another, and how many were drawn for them"""
     (first,) = encode(tokenizer, FIRST_TOKEN)
+    windows = candidates(model, first, length, seed)
     taken: list[int] = []
-    for drawn, window in enumerate(candidates(model, first, length, seed), 1):
+    drawn = 0
+    while len(taken) < count * length:
+        window = next(windows)
+        drawn += 1
         if survives(tokenizer, taken, window):
             taken += window
-        if len(taken) == count * length:
-            return taken, drawn
-    raise AssertionError("candidates never ends")
+    return taken, drawn
 
 
 def report(losses: Tensor, entropies: Tensor, drawn: int) -> None:
@@ -126,7 +132,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     taken, drawn = collect(model, tokenizer, options.windows, options.seq_len, options.seed)
     path = options.out / "sample.txt"
-    path.write_text(tokenizer.decode(taken, clean_up_tokenization_spaces=False), encoding="utf-8", newline="\n")
+    path.write_text(decode(tokenizer, taken), encoding="utf-8", newline="\n")
 
     losses, entropies = score(model, torch.tensor(taken).view(-1, options.seq_len))
     report(losses, entropies, drawn)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a small Llama-architecture language model from packed tokens, inside a wall-clock budget.
 
     python tools/train_model.py --data ARCHIVES --out OUT --arch small --minutes 1.5
@@ -14,7 +13,7 @@ An archive folder holds:
 - ``[0-9]*.xz``: training tokens, LZMA of little-endian uint16 ranks.
 - ``eval_NAME.xz``: the same for a text to evaluate on; at least one in the first folder.
 """
-# ruff: noqa: E402  (the clock and the environment come before the slow imports)
+# ruff: noqa: E402, RUF100  (the clock and the environment come before the slow imports)
 
 import time
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import peers
 
 Tensors = dict[str, torch.Tensor]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,12 +102,16 @@ def _write(
 ) -> None:
     target = Path(dst_dir)
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (Path(src_dir) / name).is_file():
-            shutil.copy(Path(src_dir) / name, target / name)
+    _copy_tokenizer(src_dir, target)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, target / weights_name, metadata={"format": "pt", **(metadata or {})})
     _write_json(target / "config.json", config)
+
+
+def _copy_tokenizer(src_dir: str | Path, dst_dir: str | Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (Path(src_dir) / name).is_file():
+            shutil.copyfile(Path(src_dir) / name, Path(dst_dir) / name)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -156,6 +160,7 @@ def write_gptq(
         group_size: a divisor of every layer's input width, or -1.
         desc_act: act-order: ``g_idx`` isn't monotonic.
         with_g_idx: False leaves ``g_idx`` out of the file, as some converters do; not together with `desc_act`.
+            Stock Transformers cannot load such a file (it reads uninitialised memory instead).
         sidecar: True writes ``quantize_config.json`` and leaves config.json as it was, like auto-gptq before 0.5
             (today's writes both). Transformers doesn't read it.
         weights_name: auto-gptq's own name is ``gptq_model-{bits}bit-{group_size}g.safetensors``; on the Hub files
@@ -211,22 +216,22 @@ def _pack_gptq(
 def _gptq_config(
     bits: int, group_size: int, sym: bool, desc_act: bool, checkpoint_format: str, weights_name: str
 ) -> dict[str, Any]:
-    """What the library of `checkpoint_format` writes: the keys and their order are theirs."""
-    if checkpoint_format == "gptq":
-        return {
-            "bits": bits,
-            "group_size": group_size,
-            "damp_percent": 0.01,
-            "desc_act": desc_act,
-            "static_groups": False,
-            "sym": sym,
-            "true_sequential": True,
-            "model_name_or_path": None,
-            "model_file_base_name": Path(weights_name).stem,
-            "is_marlin_format": False,
-            "quant_method": "gptq",
-        }
-    raise NotImplementedError
+    """What the library of `checkpoint_format` writes; for v1 auto-gptq's keys in its order."""
+    if checkpoint_format == "gptq_v2":
+        return peers.gptqmodel_config(bits, group_size, sym, desc_act, checkpoint_format)
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "damp_percent": 0.01,
+        "desc_act": desc_act,
+        "static_groups": False,
+        "sym": sym,
+        "true_sequential": True,
+        "model_name_or_path": None,
+        "model_file_base_name": Path(weights_name).stem,
+        "is_marlin_format": False,
+        "quant_method": "gptq",
+    }
 
 
 def _gptq_metadata(quantization: dict[str, Any]) -> dict[str, str]:
@@ -237,3 +242,61 @@ def _gptq_metadata(quantization: dict[str, Any]) -> dict[str, str]:
 
 def _as_fp16(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **{key: "float16" for key in ("dtype", "torch_dtype") if key in config}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AWQ
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_awq(
+    src_dir: str | Path,
+    dst_dir: str | Path,
+    version: str = "gemm",
+    group_size: int = 128,
+    modules_to_not_convert: list[str] | None = None,
+) -> Tensors:
+    """Write a 4-bit AWQ checkpoint as autoawq 0.2.9 does, without the search for its smoothing scales.
+
+    Args:
+        version: ``"gemm"``, ``"gemv"`` or ``"gemv_fast"``.
+        group_size: -1 or a divisor of every layer's input width; for gemv and gemv_fast not below 32.
+        modules_to_not_convert: layers whose name contains one of these stay dense.
+
+    Returns:
+        fp16 weights: gemm's by autoawq's own reader, the others as :func:`peers.autoawq_dequantize` says.
+    """
+    tensors, config = _read_source(src_dir)
+    linears, stored = _split(tensors, modules_to_not_convert)
+    expected: Tensors = {}
+    for name, weight in linears.items():
+        groups = group_index(weight.shape[1], group_size)
+        scales, zeros = awq_parameters(weight, group_size)
+        packed = peers.autoawq_pack(on_the_grid(weight, scales, zeros, groups, 4), scales, zeros, group_size, version)
+        expected[name] = peers.autoawq_dequantize(packed, version, group_size)
+        stored.update({f"{name}.{key}": value for key, value in packed.items()})
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "zero_point": True,
+        "group_size": group_size,
+        "bits": 4,
+        "version": version,
+        "modules_to_not_convert": modules_to_not_convert,
+    }
+    _write(src_dir, dst_dir, stored, _as_fp16(config))
+    return expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bitsandbytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_bitsandbytes(src_dir: str | Path, dst_dir: str | Path, **settings: Any) -> Tensors:
+    """Write a checkpoint with stock Transformers and bitsandbytes; `settings` go to ``BitsAndBytesConfig``.
+
+    Returns the weights, see :func:`peers.bitsandbytes_save`: bf16 for ``load_in_4bit``, fp32 for ``load_in_8bit``.
+    """
+    expected = peers.bitsandbytes_save(src_dir, dst_dir, settings)
+    _copy_tokenizer(src_dir, dst_dir)
+    return expected

@@ -26,10 +26,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
+import logging
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,8 +44,18 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
-GPTQMODEL_NEEDS = ("accelerate", "defuser", "device-smi", "logbar", "pillow", "pypcre", "requests", "threadpoolctl", "tokenicer")
-"""What ``import gptqmodel`` (7.7.0) needs of its requirements; the rest of them is loaded on demand or not at all."""
+GPTQMODEL_NEEDS = (
+    "accelerate",
+    "defuser==0.0.28",
+    "device-smi==0.5.7",
+    "logbar==0.4.15",
+    "pillow",
+    "pypcre==0.6.4",
+    "requests",
+    "threadpoolctl",
+    "tokenicer==0.0.14",
+)
+"""What gptqmodel 7.7.0 needs of its requirements; torch 2.13 does, and the others are for what isn't done here."""
 
 
 class PeerMissing(ImportError):
@@ -80,6 +94,7 @@ def _load_file(path: Path, stubs: dict[str, types.ModuleType | None]) -> types.M
     if spec is None or spec.loader is None or not path.is_file():
         raise PeerMissing(f"the installed library has no file {path}")
     module = importlib.util.module_from_spec(spec)
+    logging.getLogger(module.__name__).setLevel(logging.ERROR)  # "CUDA extension not installed."
     with _modules_replaced(stubs), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         spec.loader.exec_module(module)
@@ -138,9 +153,9 @@ def autogptq_pack(
             not clamp: a value outside of the grid spills over its neighbours.
         scales: [out, G], rounded to fp16 first.
         zeros: [out, G], whole numbers. **Must be at least 1.** The file holds ``zero - 1``; a zero point of 0 becomes
-            -1.0, hence 0xFFFFFFFF, and is OR-ed in unmasked: that field *and every later one in its 32-bit word*
-            (3 bits: later in its three words, as far as whole-word shifts reach) becomes all ones. The original does so
-            for every width, in ``cuda_old``, ``cuda`` and all its other layers; the damage is in the file.
+            -1.0, then 0xFFFFFFFF, and is OR-ed in unmasked: all bits from that field to the end of its 32-bit word
+            become ones, so its later neighbours are lost, whatever the width (with 3 bits, also what the last field
+            has in this word, not what it has in the next). ``cuda_old`` and ``cuda`` alike.
         g_idx: int [in], the group of each input column, or None for ``k // group_size``.
         bits: 2, 3, 4 or 8.
         group_size: -1 or a divisor of `in`.
@@ -256,8 +271,8 @@ def autoawq_dequantize(tensors: Tensors, version: str = "gemm", group_size: int 
     """The weight, fp16 [out, in], that autoawq multiplies with.
 
     gemm goes through autoawq's own ``dequantize_gemm``. For gemv and gemv_fast autoawq has CUDA kernels only, **no
-    reader for a CPU**; here the codes are found by inverting its own packer (:func:`_awq_codes`), and the kernels'
-    formula is applied to them:
+    reader for a CPU**; here the codes are found by inverting its own packer (:func:`_awq_sources`), and the
+    kernels' formula is applied to them:
 
     * gemv: ``(q - z) * s``;
     * gemv_fast: ``q * s + qzeros`` with ``qzeros = -(z * s)`` already rounded to fp16, rounded once more (the
@@ -285,63 +300,71 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
 
 
 def _awq_codes(qweight: torch.Tensor, version: str) -> torch.Tensor:
-    """The codes, int64 [out, in], behind a gemv or gemv_fast ``qweight``.
-
-    Packing only moves 4-bit fields about. So autoawq packs the digits (base 16) of each code's own index; reading
-    those back, field by field, says from where each field of `qweight` came.
-    """
-    out, width = (4 * qweight.shape[0], qweight.shape[1]) if version == "gemv_fast" else (qweight.shape[0], 8 * qweight.shape[1])
-    index = torch.arange(out * width).reshape(out, width)
-    source = torch.zeros(out * width, dtype=torch.int64)
-    for shift in range(0, (out * width - 1).bit_length(), 4):
-        digit = ((index >> shift) & 15).float()
-        packed = autoawq_pack(digit, torch.ones(out, 1), torch.zeros(out, 1), -1, version)["qweight"]
-        source |= _nibbles(packed).flatten() << shift
+    """The codes, int64 [out, in], behind a gemv or gemv_fast ``qweight``."""
+    rows, words = qweight.shape
+    out, width = (4 * rows, words) if version == "gemv_fast" else (rows, 8 * words)
     codes = torch.empty(out * width, dtype=torch.int64)
-    codes[source] = _nibbles(qweight).flatten()
+    codes[_awq_sources(out, width, version)] = _nibbles(qweight).flatten()
     return codes.reshape(out, width)
 
 
+@functools.cache
+def _awq_sources(out: int, width: int, version: str) -> torch.Tensor:
+    """For each 4-bit field of a ``qweight``, in file order, the index of its code in [out, in]: int64 [out * in].
+
+    Packing only moves fields about. So autoawq packs the digits (base 16) of each code's own index; what then stands
+    in a field says where the field comes from.
+    """
+    index = torch.arange(out * width).reshape(out, width)
+    sources = torch.zeros(out * width, dtype=torch.int64)
+    for shift in range(0, (out * width - 1).bit_length(), 4):
+        digits = ((index >> shift) & 15).float()
+        packed = autoawq_pack(digits, torch.ones(out, 1), torch.zeros(out, 1), -1, version)["qweight"]
+        sources |= _nibbles(packed).flatten() << shift
+    return sources
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# gptqmodel, and stock Transformers with it: in a second process
+# A second process, for gptqmodel and for stock Transformers, where nothing of lowbit is ever imported
 # ---------------------------------------------------------------------------------------------------------------------
 
 _WORKER_ENVIRONMENT = {
-    "GPTQMODEL_DISABLE_PACK_EXT": "1",  # it would compile C++ for minutes
+    "GPTQMODEL_DISABLE_PACK_EXT": "1",  # else it compiles a C++ extension first
+    "GPTQMODEL_CPU_WORKERS": "2",  # its own choice is 1 on two cores, which its thread pool then refuses
     "TORCHDYNAMO_DISABLE": "1",  # its layers compile their dequantization: the same numbers, much later
+    "CUDA_VISIBLE_DEVICES": "",  # an oracle computes the same everywhere
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
 
 
 @functools.cache
-def _worker() -> subprocess.Popen[bytes]:
-    package_dir("gptqmodel", "gptqmodel==7.7.0")
-    return subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=None,
-        env={**os.environ, **_WORKER_ENVIRONMENT},
-    )
+def _worker() -> tuple[subprocess.Popen[bytes], BinaryIO]:
+    """The process, started on first use (it ends with this one), and the file that has what it says on stderr."""
+    log = tempfile.TemporaryFile()
+    environment = {**os.environ, **_WORKER_ENVIRONMENT}
+    command = [sys.executable, str(Path(__file__).resolve())]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment)
+    return worker, log
 
 
 def _in_worker(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call one of this file's functions in the worker, which is started once and ends with this process.
+    """Call one of this file's functions in the worker. The two processes trust each other: they pickle.
 
-    The first call takes about ten seconds, the time that gptqmodel needs to import. The two processes trust each
-    other: they pickle.
+    The first call that imports gptqmodel takes five to ten seconds.
     """
-    worker = _worker()
+    worker, log = _worker()
     if worker.stdin is None or worker.stdout is None:
         raise RuntimeError("the worker has no pipes")
-    pickle.dump((function.__name__, arguments), worker.stdin)
-    worker.stdin.flush()
     try:
+        pickle.dump((function.__name__, arguments), worker.stdin)
+        worker.stdin.flush()
         result = pickle.load(worker.stdout)
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         _worker.cache_clear()
-        raise RuntimeError(f"the process that runs gptqmodel died in {function.__name__}") from None
+        log.seek(0)
+        said = log.read()[-2000:].decode(errors="replace")
+        raise RuntimeError(f"the peers' process died in {function.__name__}; its last words:\n{said}") from None
     if isinstance(result, Exception):
         raise result
     return result
@@ -357,11 +380,21 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         try:
             result = globals()[name](*arguments)
         except ImportError as error:
-            result = PeerMissing(f"gptqmodel does not import: {error}")
-        except Exception as error:  # whatever it is, it belongs to the caller
-            result = RuntimeError(f"{type(error).__name__}: {error}")
+            result = PeerMissing(f"in the peers' process: {error}")
+        except Exception:  # whatever it is, it belongs to the caller
+            result = RuntimeError(f"in the peers' process:\n{traceback.format_exc()}")
         pickle.dump(result, answers)
         answers.flush()
+
+
+def _in_gptqmodel(function: Callable[..., Any], *arguments: Any) -> Any:
+    package_dir("gptqmodel", "gptqmodel==7.7.0 (and what peers.py lists)")
+    return _in_worker(function, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gptqmodel
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def gptqmodel_pack(
@@ -384,12 +417,10 @@ def gptqmodel_pack(
         size = weight.shape[1] if group_size == -1 else group_size
         g_idx = torch.arange(weight.shape[1]) // size
     arguments = (weight.detach().cpu().float(), _stored_scales(scales), zeros.detach().cpu().int(), g_idx.cpu().int())
-    return _in_worker(_gptqmodel_pack, *arguments, bits, group_size, checkpoint_format)
+    return _in_gptqmodel(_gptqmodel_pack, *arguments, bits, group_size, checkpoint_format)
 
 
-def gptqmodel_dequantize(
-    tensors: Tensors, bits: int, group_size: int, checkpoint_format: str = "gptq"
-) -> torch.Tensor:
+def gptqmodel_dequantize(tensors: Tensors, bits: int, group_size: int, checkpoint_format: str = "gptq") -> torch.Tensor:
     """The weight, fp16 [out, in], by gptqmodel's own ``TorchLinear.dequantize_weight``.
 
     v1 zero points are first converted as gptqmodel does on loading. With 2, 4 and 8 bits it adds 0x55555555,
@@ -397,55 +428,92 @@ def gptqmodel_dequantize(
     exactly what :func:`gptqmodel_pack` did, and misreads a file that some other writer left without the borrow. With
     3 bits it works field by field: 7 becomes 0, nothing is carried.
     """
-    return _in_worker(_gptqmodel_dequantize, tensors, bits, group_size, checkpoint_format)
+    return _in_gptqmodel(_gptqmodel_dequantize, tensors, bits, group_size, checkpoint_format)
 
 
-def gptqmodel_awq_pack(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int
-) -> Tensors:
+def gptqmodel_awq_pack(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> Tensors:
     """Pack 4-bit codes with gptqmodel's own ``AwqTorchLinear.pack``; as :func:`autoawq_pack` for ``"gemm"``."""
     arguments = (weight.detach().cpu().float(), _stored_scales(scales), zeros.detach().cpu().float())
-    return _in_worker(_gptqmodel_awq_pack, *arguments, group_size)
+    return _in_gptqmodel(_gptqmodel_awq_pack, *arguments, group_size)
 
 
 def gptqmodel_awq_dequantize(tensors: Tensors, group_size: int) -> torch.Tensor:
     """The weight, fp16 [out, in], of a gemm layer as gptqmodel's ``AwqTorchLinear`` multiplies with it."""
-    return _in_worker(_gptqmodel_awq_dequantize, tensors, group_size)
+    return _in_gptqmodel(_gptqmodel_awq_dequantize, tensors, group_size)
+
+
+def gptqmodel_config(bits: int, group_size: int, sym: bool, desc_act: bool, checkpoint_format: str) -> dict[str, Any]:
+    """The ``quantization_config`` that gptqmodel writes beside a GPTQ checkpoint of these parameters."""
+    return _in_gptqmodel(_gptqmodel_config, bits, group_size, sym, desc_act, checkpoint_format)
+
+
+def gptqmodel_quantize(src_dir: str | Path, dst_dir: str | Path, texts: list[str], **settings: Any) -> None:
+    """Quantize and save a model with gptqmodel itself, calibrated on `texts`: its own algorithm, its own files.
+
+    `settings` are those of its ``QuantizeConfig``: ``bits``, ``group_size``, ``sym``, ``desc_act``, ``quant_method``
+    (``"gptq"``, ``"awq"``), ``format`` (``"gptq"``, ``"gptq_v2"``; ``"gemm"``, as its other AWQ formats need a GPU).
+    The little model of the testbed takes five seconds with GPTQ and forty with AWQ, on two cores. The weights that it
+    leaves alone stay in the source's dtype, bf16.
+    """
+    _in_gptqmodel(_gptqmodel_quantize, str(src_dir), str(dst_dir), texts, settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stock Transformers
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def transformers_logits_with_peers(path: str | Path, input_ids: torch.Tensor, dtype: str = "float16") -> torch.Tensor:
-    """The logits, fp32 [batch, length, vocabulary], of the stock model at `path`; see the next function.
-
-    It loads in the worker, where nothing of lowbit is registered with Transformers.
-    """
-    return _in_worker(_transformers_logits, str(path), input_ids, dtype)
+    """The logits, fp32 [batch, length, vocabulary], of the stock model at `path`, loaded and run in the worker."""
+    return _in_gptqmodel(_transformers_logits, str(path), input_ids, dtype)
 
 
-def transformers_weights_with_peers(path: str | Path, dtype: str = "float16") -> Tensors:
-    """The dequantized weight, fp16 [out, in], of every quantized layer of the stock model at `path`, by module name."""
-    return _in_worker(_transformers_weights, str(path), dtype)
+def transformers_weights_with_peers(path: str | Path) -> Tensors:
+    """The dequantized weight, fp16 [out, in], of each quantized layer of the stock model at `path`, by module name."""
+    return _in_gptqmodel(_transformers_weights, str(path))
 
 
 def transformers_load_with_peers(path: str | Path, dtype: str = "float16") -> torch.nn.Module:
     """The GPTQ or AWQ checkpoint at `path` as stock Transformers loads it, with gptqmodel (and optimum for GPTQ).
 
-    The layers are gptqmodel's plain torch ones, the only ones that compute on a CPU what the file says in the order
-    that it says it. This imports gptqmodel into the calling process, with all that it patches; and what lowbit has
-    registered with Transformers stays registered, so call it in a process that has not done so. It loads AWQ
-    checkpoints of version gemm only: there is no CPU kernel for the others.
+    It cannot load a GPTQ checkpoint without ``g_idx``: Transformers fills the buffer with whatever memory holds. The
+    layers are gptqmodel's plain torch ones, which dequantize and multiply; left to itself it would choose
+    ``TorchAtenLinear`` here, which repacks the weights. AWQ checkpoints must be of version gemm: gptqmodel has CUDA
+    kernels only for the others.
+
+    **This imports gptqmodel into the calling process**, with all that it patches, and what lowbit has registered with
+    Transformers stays registered. In a test, the two functions above are the better choice.
     """
-    package_dir("gptqmodel", "gptqmodel==7.7.0")
+    package_dir("gptqmodel", "gptqmodel==7.7.0 (and what peers.py lists)")
     from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    stored = AutoConfig.from_pretrained(path).quantization_config
-    plain = AwqConfig(backend="torch_awq") if stored["quant_method"] == "awq" else GPTQConfig(bits=4, backend="gptq_torch")
+    awq = AutoConfig.from_pretrained(path).quantization_config["quant_method"] == "awq"
+    plain = AwqConfig(backend="torch_awq") if awq else GPTQConfig(bits=4, backend="gptq_torch")  # only backend counts
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, dtype), device_map="cpu", quantization_config=plain
     )
+    for module in model.modules():
+        vars(module).pop("dequantize_weight", None)  # a torch.compile of the method of this name
     return model.eval()
 
 
-# What follows runs in the worker.
+def bitsandbytes_save(src_dir: str | Path, dst_dir: str | Path, settings: dict[str, Any]) -> Tensors:
+    """Quantize with stock Transformers and bitsandbytes, save, and return the weights by bitsandbytes' own reader.
+
+    Args:
+        settings: keyword arguments of ``BitsAndBytesConfig``; dtypes by name.
+
+    Returns:
+        ``{module name: weight [out, in]}``, dequantized **before any forward**, since the first one on a CPU repacks
+        4-bit weights in place: for 4 bits in the quant state's dtype (bf16, as the source's), for 8 bits in fp32.
+    """
+    package_dir("bitsandbytes", "bitsandbytes")
+    return _in_worker(_bitsandbytes_save, str(src_dir), str(dst_dir), settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows runs in the worker
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _gptqmodel_layer(bits: int, group_size: int, in_features: int, out_features: int) -> Any:
@@ -491,9 +559,7 @@ def _awq_layer(group_size: int, in_features: int, out_features: int) -> Any:
     return AwqTorchLinear(4, group_size, False, False, in_features, out_features, register_buffers=True).eval()
 
 
-def _gptqmodel_awq_pack(
-    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int
-) -> Tensors:
+def _gptqmodel_awq_pack(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> Tensors:
     layer = _awq_layer(group_size, weight.shape[1], weight.shape[0])
     layer.pack(_linear_of(weight), scales.half().float(), zeros)
     return {name: getattr(layer, name).clone() for name in ("qweight", "qzeros", "scales")}
@@ -510,22 +576,65 @@ def _awq_weight(layer: Any) -> torch.Tensor:
     return layer._dequantize_weight_for_inference(nowhere, dtype=torch.float16).T.contiguous()
 
 
+def _gptqmodel_config(bits: int, group_size: int, sym: bool, desc_act: bool, checkpoint_format: str) -> dict[str, Any]:
+    from gptqmodel import QuantizeConfig
+
+    config = QuantizeConfig(
+        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, format=checkpoint_format, offload_to_disk=False
+    )
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
+def _gptqmodel_quantize(src_dir: str, dst_dir: str, texts: list[str], settings: dict[str, Any]) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    model = GPTQModel.load(src_dir, QuantizeConfig(**settings, offload_to_disk=False), device="cpu")
+    model.quantize(texts, batch_size=1)
+    model.save(dst_dir)
+
+
 def _transformers_logits(path: str, input_ids: torch.Tensor, dtype: str) -> torch.Tensor:
     with torch.no_grad():
         return transformers_load_with_peers(path, dtype)(input_ids).logits.float()
 
 
-def _transformers_weights(path: str, dtype: str) -> Tensors:
+def _transformers_weights(path: str) -> Tensors:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 
     weights = {}
-    for name, module in transformers_load_with_peers(path, dtype).named_modules():
+    for name, module in transformers_load_with_peers(path).named_modules():
         if isinstance(module, AwqTorchLinear):
             weights[name] = _awq_weight(module)
         elif isinstance(module, TorchLinear):
             weights[name] = module.dequantize_weight().T.half().contiguous()
     return weights
+
+
+def _bitsandbytes_save(src_dir: str, dst_dir: str, settings: dict[str, Any]) -> Tensors:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(**settings)
+    model = AutoModelForCausalLM.from_pretrained(
+        src_dir, dtype="auto", device_map="cpu", quantization_config=config
+    ).eval()
+    weights = {}
+    for name, module in model.named_modules():
+        weight = _bitsandbytes_weight(module)
+        if weight is not None:
+            weights[name] = weight
+    model.save_pretrained(dst_dir)
+    return weights
+
+
+def _bitsandbytes_weight(module: torch.nn.Module) -> torch.Tensor | None:
+    import bitsandbytes as bnb
+
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).clone()
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        return bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+    return None
 
 
 if __name__ == "__main__":

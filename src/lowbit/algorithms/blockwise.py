@@ -84,7 +84,7 @@ class BlockwiseTable(Algorithm):
         Raises:
             PlanError: the weight has NaN or infinite values.
         """
-        values = table(spec.code.name if isinstance(spec.code, TableCode) else "").to(weight.device)
+        values = table(spec.code.name if isinstance(spec.code, TableCode) else "").to(weight.device, copy=True)
         flat = weight.reshape(-1).float()
         absmax = _block_absmax(flat, spec.grouping.cols)
         if not bool(torch.isfinite(absmax).all()):
@@ -118,7 +118,7 @@ def _store_absmax(absmax: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     offset = absmax.mean()
     centred = absmax - offset
     supers = _block_absmax(centred, second.size)
-    values = nested_map().to(absmax.device)
+    values = nested_map().to(absmax.device, copy=True)
     codes = _nested_codes(centred, supers.repeat_interleave(second.size)[: centred.numel()], values)
     return {
         "scales": codes.to(torch.uint8),

@@ -78,8 +78,8 @@ class CheckpointFiles:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files = self._locate()
         self._readers: dict[Path, Any] = {}
+        self._files = self._locate()
 
     def names(self) -> list[str]:
         return list(self._files)
@@ -152,6 +152,22 @@ class CheckpointFiles:
         if path not in self._readers:
             self._readers[path] = _open(path)
         return self._readers[path]
+
+
+def header_names(path: Path) -> list[str]:
+    """The names of the tensors in one file.
+
+    Raises:
+        FormatError: the file is pickled, or not a valid safetensors file.
+    """
+    if path.suffix != ".safetensors":
+        raise FormatError(
+            "pickled weights are not read, since loading them can run any code: convert them to safetensors",
+            file=str(path),
+            found=path.suffix,
+            expected=".safetensors",
+        )
+    return list(_open(path).keys())
 
 
 def _open(path: Path) -> Any:

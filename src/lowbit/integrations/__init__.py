@@ -1,0 +1,1 @@
+"""Where lowbit meets other libraries."""

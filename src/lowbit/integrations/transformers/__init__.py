@@ -1,0 +1,16 @@
+"""Transformers: `register` hands it our quantizers; the Auto classes use them without registering anything."""
+
+from lowbit.integrations.transformers.auto import auto_class
+from lowbit.integrations.transformers.configs import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
+
+__all__ = [
+    "AwqConfig",
+    "BitsAndBytesConfig",
+    "GPTQConfig",
+    "auto_class",
+    "register",
+    "register_method",
+    "unregister",
+    "unregister_method",
+]

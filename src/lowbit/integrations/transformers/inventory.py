@@ -1,0 +1,131 @@
+"""What a quantized checkpoint's files hold, in terms of the model that is to be loaded; from headers alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lowbit.errors import FormatError
+from lowbit.nn.swap import is_linear, linear_shape
+from lowbit.wire import Wire
+from lowbit.wire.store import header_names
+
+_LISTED = 8
+
+
+class Inventory:
+    """Maps the names in a checkpoint's files to the modules of a model on the meta device.
+
+    Attributes:
+        packed: the model's modules whose weights are stored packed.
+        dense: the model's parameters that are stored as they are.
+
+    Raises:
+        FormatError: pickled files, no packed weight at all, or packed weights for modules that are not linear.
+    """
+
+    def __init__(self, model: Any, wire: Wire[Any], files: list[str] | None) -> None:
+        self.model, self.wire = model, wire
+        self.files = [Path(file) for file in files or []]
+        self._expected = set(model.state_dict())
+        self._load_names()
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return linear_shape(self.model.get_submodule(name))
+
+    def check_complete(self) -> None:
+        """Every weight of the model has to be in the files, packed or dense; new task heads may be missing.
+
+        Raises:
+            FormatError: names what is missing, instead of leaving it to random initialisation.
+        """
+        packed = {f"{name}.weight" for name in self.packed}
+        missing = self._expected - self.dense - packed - set(self._tied()) - self._ignorable()
+        if lost := sorted(name for name in missing if not self._is_new_head(name)):
+            raise FormatError(
+                f"the checkpoint lacks {len(lost)} of the model's tensors, which would be left at random values",
+                file=self._where(),
+                found=f"{len(self.packed)} packed and {len(self.dense)} dense weights",
+                expected=f"also {', '.join(lost[:_LISTED])}{' ...' if len(lost) > _LISTED else ''}",
+            )
+
+    def _load_names(self) -> None:
+        names = [name for file in self.files for name in header_names(file)]
+        mapping = get_model_conversion_mapping(self.model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._mergers = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        marker = f".{self.wire.marker}"
+        stored = [name.removesuffix(marker) for name in names if name.endswith(marker)]
+        if not stored:
+            raise FormatError(
+                "config.json declares a quantized checkpoint, but no tensor is",
+                file=self._where(),
+                found=f"{len(names)} tensors, none named *{marker}",
+                expected=self.wire.name,
+            )
+        owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
+        self.packed = [self._module_of(name) for name in stored]
+        self.dense = {target for name in names if name not in owned for target in self._targets(name)}
+
+    def _module_of(self, stored: str) -> str:
+        name = self._rename(f"{stored}.weight", []).removesuffix(".weight")
+        module = dict(self.model.named_modules()).get(name)
+        if module is None or not is_linear(module):
+            found = "no such module" if module is None else type(module).__name__
+            raise FormatError(
+                "the checkpoint has a packed weight for a module that lowbit can't hold packed; "
+                "fused 3-D experts are not supported yet",
+                file=self._where(),
+                tensor=stored,
+                found=found,
+                expected="a linear layer",
+            )
+        if f"{name}.weight" in self._tied():
+            raise FormatError(
+                "the checkpoint has a packed weight for a module that the config ties to another",
+                file=self._where(),
+                tensor=stored,
+                expected="tie_word_embeddings: false in config.json",
+            )
+        return name
+
+    def _rename(self, name: str, converters: list[Any]) -> str:
+        prefix = self.model.base_model_prefix
+        state = dict.fromkeys(self._expected, True)
+        renamed: str = rename_source_key(name, self._renamings, converters, prefix, state)[0]
+        if renamed not in self._expected and name in self._expected:
+            return name
+        return renamed
+
+    def _targets(self, name: str) -> list[str]:
+        """The parameters that a stored tensor ends up in; a split names several."""
+        renamed = self._rename(name, self._mergers)
+        for merger in self._mergers:
+            first, *others = merger.target_patterns
+            if others and first in renamed:
+                return [renamed, *(renamed.replace(first, other) for other in others)]
+        return [renamed]
+
+    def _tied(self) -> dict[str, str]:
+        return getattr(self.model, "all_tied_weights_keys", None) or {}
+
+    def _ignorable(self) -> set[str]:
+        patterns = self.model._keys_to_ignore_on_load_missing or []
+        return {name for name in self._expected if any(re.search(pattern, name) for pattern in patterns)}
+
+    def _is_new_head(self, name: str) -> bool:
+        """Outside the base model and not the output head: what fine-tuning for another task adds."""
+        prefix = self.model.base_model_prefix
+        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+        is_head = isinstance(head, nn.Module) and any(
+            module is head for path, module in self.model.named_modules() if name.startswith(f"{path}.")
+        )
+        return hasattr(self.model, prefix) and not name.startswith(f"{prefix}.") and not is_head
+
+    def _where(self) -> str:
+        return str(self.files[0].parent) if self.files else "state dict"

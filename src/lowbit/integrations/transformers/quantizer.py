@@ -1,0 +1,254 @@
+"""The one `HfQuantizer` for every format: Transformers loads, places and saves; lowbit packs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from packaging import version
+from torch import Tensor, nn
+from transformers import __version__ as transformers_version
+from transformers.quantizers.base import HfQuantizer
+
+from lowbit.core import Kept, Plan, dtypes
+from lowbit.errors import LowbitError, PlanError
+from lowbit.integrations.transformers.inventory import Inventory
+from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
+from lowbit.integrations.transformers.recipe import make_recipe, warn_uncalibrated
+from lowbit.nn import QuantLinear, dequantize_model, plan_model
+from lowbit.nn.planning import default_keep
+
+TESTED = ("5.17", "6")
+
+
+class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads quantized checkpoints, quantizes on the fly, saves in the checkpoint's own format."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.recipe = make_recipe(quantization_config)
+        self.plan: Plan | None = None
+        self.errors: list[LowbitError] = []
+        self._converters: list[Any] = []
+
+    # ---------------------------------------------------------------- before the weights
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not version.parse(TESTED[0]) <= version.parse(transformers_version) < version.parse(TESTED[1]):
+            raise PlanError(f"lowbit works with Transformers {TESTED[0]} up to {TESTED[1]}, and this is {transformers_version}")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """bitsandbytes models have always gone to the GPU when nothing else was said."""
+        if device_map is None and self.recipe.wire.quant_method == "bitsandbytes":
+            return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return device_map
+
+    def make_layer(self, shape: tuple[int, int], bias: nn.Parameter | None, dtype: torch.dtype) -> QuantLinear:
+        return QuantLinear(self.recipe.spec, shape, bias=bias, compute_dtype=self.recipe.compute_dtype, dtype=dtype)
+
+    def note(self, error: LowbitError) -> LowbitError:
+        """Remember an error that the loader will wrap into its own report."""
+        self.errors.append(error)
+        return error
+
+    def _process_model_before_weight_loading(
+        self, model: Any, device_map: Any = None, dtype: Any = None, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if self.pre_quantized:
+            self._plan_packed(model, dtype or torch.get_default_dtype(), checkpoint_files)
+        else:
+            self._plan_dense(model, device_map)
+
+    def _plan_packed(self, model: Any, dtype: torch.dtype, checkpoint_files: list[str] | None) -> None:
+        """Make a packed layer of every module whose packed weight is in the files, and check that nothing is missing."""
+        inventory = Inventory(model, self.recipe.wire, checkpoint_files)
+        inventory.check_complete()
+        for name in inventory.packed:
+            dense = model.get_submodule(name)
+            bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
+            layer = self.make_layer(inventory.shape(name), bias, dtype)
+            model.set_submodule(name, layer)
+        self._converters = read_converters(
+            self, self.recipe.wire.suffixes, inventory.packed, getattr(model, "base_model_prefix", "")
+        )
+
+    def _plan_dense(self, model: Any, device_map: Any) -> None:
+        warn_uncalibrated(self.quantization_config)
+        recipe = self.recipe
+        keep = default_keep(model)
+        if recipe.only_blocks:
+            keep |= _outside_blocks(model)
+        if recipe.dense_on_cpu:
+            keep |= _dense_on_cpu(model, device_map)
+        self.plan = plan_model(
+            model,
+            recipe.spec,
+            skip=recipe.skip,
+            keep=keep,
+            refusal=lambda spec, shape: recipe.wire.refusal(recipe.settings, spec, shape),
+        )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, _, parameter = param_name.rpartition(".")
+        if not self.pre_quantized:
+            return parameter == "weight" and self.plan is not None and module in self.plan.quantized
+        # What is read decides a packed tensor's shape, not what the config alone let us expect.
+        return parameter != "bias" and isinstance(model.get_submodule(module), QuantLinear)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes per element once loaded, so that automatic placement counts packed weights as they will be."""
+        if not self.pre_quantized and self.param_needs_quantization(model, param_name):
+            spec = self.recipe.spec
+            rows, cols = param.shape
+            layout = spec.tensors((rows, cols)).values()
+            return float(sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout)) / param.numel()
+        return param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeDense:
+        return QuantizeDense(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        return [*weight_conversions, *self._converters]
+
+    # ---------------------------------------------------------------- after the weights
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.errors:
+            raise self.errors[0]
+        self._forget_converters(model)
+        for layer in _quant_layers(model):
+            layer.select_kernel(self.recipe.kernel)
+        if self.plan is None:
+            self.plan = plan_of(model)
+        self._describe_in_config()
+        return model
+
+    def _forget_converters(self, model: Any) -> None:
+        """Saving reverts the conversions of loading; ours are undone by :meth:`get_state_dict_and_metadata`."""
+        ours = {id(converter) for converter in self._converters}
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [entry for entry in conversions if id(entry) not in ours]
+
+    def _describe_in_config(self) -> None:
+        """Name every linear that stayed dense where its readers look for it, and drop what can't be stored."""
+        config, plan = self.quantization_config, self.plan
+        if not isinstance(getattr(config, "tokenizer", None), str | None):
+            config.tokenizer = None
+        if isinstance(getattr(config, "dataset", None), list):
+            config.dataset = None
+        if self.pre_quantized or plan is None:
+            return
+        chosen = [name for name, kept in plan.kept.items() if not _default_reason(kept)]
+        if not chosen:
+            return
+        everything = sorted(name for name, kept in plan.kept.items() if kept.reason != "embedding")
+        if hasattr(config, "llm_int8_skip_modules"):
+            config.llm_int8_skip_modules = everything
+        elif hasattr(config, "modules_to_not_convert"):
+            config.modules_to_not_convert = sorted(chosen)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict as the format's own library would write it."""
+        packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+        owned = {f"{name}.{part}" for name, layer in packed.items() for part in layer.packed_names}
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned}
+        for name, layer in packed.items():
+            with _on_host(layer):
+                tensors = self.recipe.wire.write(self.recipe.settings, layer.quant_tensor())
+            state |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # Saving a model turns its config's dtype, the default here, into a string.
+        dequantize_model(model, None if dtype is None else dtypes.parse(dtype))
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What has become of every weight of a loaded model."""
+    entries: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            entries[name], shapes[name] = module.spec, module.shape
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2:
+                key = name if parameter_name == "weight" else f"{name}.{parameter_name}"
+                entries[key], shapes[key] = Kept(f"stored dense ({parameter.dtype})"), tuple(parameter.shape)
+    return Plan(entries, shapes)
+
+
+def _quant_layers(model: nn.Module) -> Iterator[QuantLinear]:
+    return (module for module in model.modules() if isinstance(module, QuantLinear))
+
+
+@contextmanager
+def _on_host(layer: QuantLinear) -> Iterator[None]:
+    """Bring back a layer whose weights are offloaded, for as long as they are needed."""
+    if all(tensor.device.type != "meta" for tensor in layer.packed):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer, execution_device="cpu"):
+        yield
+
+
+def _default_reason(kept: Kept) -> bool:
+    """Whether any reader leaves this weight dense without being told."""
+    return kept.reason.startswith(("embedding", "tied to", "output head", "last module", "outside")) or (
+        "is not a linear layer" in kept.reason
+    )
+
+
+def _outside_blocks(model: nn.Module) -> dict[str, str]:
+    """Modules that are not inside a list of repeated blocks."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside = re.compile("|".join(rf"{re.escape(name)}\.\d+\." for name in lists) or r"(?!)")
+    return {
+        name: "outside the repeated blocks, where readers of this format look for packed weights"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not inside.match(name)
+    }
+
+
+def _dense_on_cpu(model: nn.Module, device_map: Any) -> dict[str, str]:
+    """Keep what a device map sends to the CPU or the disk in fp32, with inputs and outputs cast on the way."""
+    if not isinstance(device_map, dict) or set(map(str, device_map.values())) == {"cpu"}:
+        return {}
+    places = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
+    keep: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and _below(name, places):
+            keep[name] = "on the CPU, where llm_int8_enable_fp32_cpu_offload keeps fp32"
+            module.to(torch.float32)
+            module.register_forward_pre_hook(_to_fp32)
+    return keep
+
+
+def _below(name: str, places: Iterable[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def _to_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs)
+
+
