@@ -1,4 +1,4 @@
-"""The original GPTQ and AWQ libraries as oracles, on a CPU.
+r"""The original GPTQ and AWQ libraries as oracles, on a CPU.
 
 Three libraries wrote nearly all GPTQ and AWQ checkpoints. Their own packing and unpacking code runs here, so that a
 test compares lowbit with them and not with a second reading of the format by the same author.
@@ -10,11 +10,21 @@ auto-gptq 0.7.1     ``pip install --no-deps auto-gptq==0.7.1``     two of its fi
                                                                    itself does not import under Transformers 5
 autoawq 0.2.9       ``pip install --no-deps autoawq==0.2.9``       four of its files, likewise
 gptqmodel 7.7.0     ``pip install --no-deps gptqmodel==7.7.0       the whole package, in a second process: importing
-                    optimum==2.3.0`` and the light packages of     it patches Transformers, safetensors and Triton,
-                    ``GPTQMODEL_NEEDS``                            and sets environment variables
+                    optimum==2.3.0`` and the light packages below  it patches Transformers, safetensors and Triton,
+                                                                   and sets environment variables
 ==================  =============================================  ================================================
 
-``--no-deps`` matters: gptqmodel asks for a newer torch than it needs, and pip would fetch gigabytes of CUDA with it.
+In one go, half a minute to a minute without a cache (the variable is for Pythons that auto-gptq has no wheel for)::
+
+    BUILD_CUDA_EXT=0 pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.9 gptqmodel==7.7.0 optimum==2.3.0
+    pip install defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pillow pypcre==0.6.4 requests threadpoolctl \
+        tokenicer==0.0.14
+
+auto-gptq's wheel also puts a package called ``tests`` into site-packages: reach these files by their own names
+(``import peers``), or let pytest's ``rootdir`` come first.
+
+``--no-deps`` matters: gptqmodel asks for a newer torch than it needs, and pip would fetch gigabytes of CUDA with it
+(pip then complains about torch, protobuf, pyarrow, torchao and others: none of them is needed for what is done here).
 A missing library raises :class:`PeerMissing`, on which a test skips.
 
 Throughout, ``[out, in]`` is the shape of ``nn.Linear.weight``, ``G`` the number of groups (``in / group_size``; a
@@ -43,19 +53,6 @@ from typing import Any, BinaryIO
 import torch
 
 Tensors = dict[str, torch.Tensor]
-
-GPTQMODEL_NEEDS = (
-    "accelerate",
-    "defuser==0.0.28",
-    "device-smi==0.5.7",
-    "logbar==0.4.15",
-    "pillow",
-    "pypcre==0.6.4",
-    "requests",
-    "threadpoolctl",
-    "tokenicer==0.0.14",
-)
-"""What gptqmodel 7.7.0 needs of its requirements; torch 2.13 does, and the others are for what isn't done here."""
 
 
 class PeerMissing(ImportError):

@@ -127,7 +127,7 @@ def test_autogptq_spills_a_zero_point_of_zero(kind: str, bits: int) -> None:
     zeros = torch.full((32, 1), 2)
     zeros[1] = 0
     packed = peers.autogptq_pack(1.0 - zeros.expand(32, 32), torch.ones(32, 1), zeros, None, bits, -1, kind)
-    first_word = packed["qzeros"][0, 0].item() & 0xFFFFFFFF
+    first_word = int(packed["qzeros"][0, 0]) & 0xFFFFFFFF
     assert first_word == (0xFFFFFFFF << bits) & 0xFFFFFFFF | 1  # field 0 is right, all above it is ones
     others = zero_fields(packed["qzeros"], bits)[-(-32 // bits) :]
     assert set(others) <= {1}

@@ -62,8 +62,8 @@ def plan_model(
 def default_keep(model: nn.Module) -> dict[str, str]:
     """The modules of a Transformers model that stay dense unless told otherwise, each with the reason.
 
-    Output heads, and everything that is tied to another module: quantizing one end of a tie would leave two different
-    weights.
+    Output heads, what the model's authors keep in fp32, and everything that is tied to another module: quantizing one end
+    of a tie would leave two different weights.
     """
     keep: dict[str, str] = {}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -71,9 +71,12 @@ def default_keep(model: nn.Module) -> dict[str, str]:
         keep[source.removesuffix(".weight")] = f"tied to {target.removesuffix('.weight')}"
         keep[target.removesuffix(".weight")] = f"tied to {source.removesuffix('.weight')}"
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    in_fp32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
     for name, module in model.named_modules():
         if head is not None and module is head:
             keep.setdefault(name, "output head")
+        if is_linear(module) and in_fp32 & set(name.split(".")):
+            keep.setdefault(name, "the model keeps it in fp32")
     if hasattr(model, "get_output_embeddings"):
         parameters = list(model.named_parameters())
         last = parameters[-1][0].rpartition(".")[0] if parameters else ""
@@ -135,6 +138,7 @@ def _fate(
 def _not_linear(module: nn.Module, parameter: str, dims: int) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if dims == 3 and parameter != "weight":
-        return f"fused 3-D weight of {type(module).__name__} (experts); not supported yet"
-    return f"{type(module).__name__} is not a linear layer"
+    kind = type(module).__name__
+    if dims == 3 and "expert" in kind.lower():
+        return f"fused 3-D experts of {kind}; not supported yet"
+    return f"{kind} is not a linear layer" if parameter == "weight" else f"a parameter of {kind}, not of a linear layer"

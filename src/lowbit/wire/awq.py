@@ -33,6 +33,7 @@ PER_WORD = 8
 LAYOUTS = ("gemm", "gemv", "gemv_fast")
 # exllama, marlin and ipex were names of kernels: their checkpoints are gemm. llm-awq writes gemv_fast.
 _VERSIONS = {name: name for name in LAYOUTS} | {"llm-awq": "gemv_fast", "exllama": "gemm", "marlin": "gemm", "ipex": "gemm"}
+_STRIP = 1 << 20  # weights that are unpacked at a time
 _NIBBLE_TO_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)
 _COLUMN_TO_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -184,10 +185,16 @@ def _permute_columns(values: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def _read_gemm(qweight: Tensor, qzeros: Tensor, scales: Tensor, groups: int) -> dict[str, Tensor]:
-    out_features = scales.shape[1]
-    codes = _permute_columns(unpack(as_bytes(qweight), BITS, out_features), _COLUMN_TO_NIBBLE)
-    zeros = _permute_columns(unpack(as_bytes(qzeros), BITS, out_features), _COLUMN_TO_NIBBLE)
-    return {"codes": pack(codes.t(), BITS), "zeros": pack(zeros.t(), BITS), "scales": scales.t().contiguous()}
+    # In strips, so that loading a model needs no more memory than its packed weights and one strip.
+    words = max(1, _STRIP // (qweight.shape[0] * PER_WORD))
+    codes = torch.cat([_read_gemm_words(strip) for strip in qweight.split(words, dim=1)])
+    return {"codes": codes, "zeros": _read_gemm_words(qzeros), "scales": scales.t().contiguous()}
+
+
+def _read_gemm_words(words: Tensor) -> Tensor:
+    """``int32 [rows, out/8]`` to packed ``uint8 [out, rows/2]``."""
+    values = unpack(as_bytes(words), BITS, words.shape[1] * PER_WORD)
+    return pack(_permute_columns(values, _COLUMN_TO_NIBBLE).t(), BITS)
 
 
 def _write_gemm(tensor: QuantTensor) -> dict[str, Tensor]:

@@ -8,7 +8,10 @@
 =========== ======================== =================================================================
 
 ``W[n, k] = scales[g_idx[k], n] * (q[k, n] - zero[g_idx[k], n])``. In version 1 a zero point of 0 is stored as all ones:
-it wraps around, as GPTQModel and AutoGPTQ's ``cuda_old`` read it, and does not become ``2**b``.
+it wraps around and does not become ``2**b``. Two dialects of version 1 differ in the zero point next to such a one.
+GPTQModel subtracts 1 from every field of a word at once, so that a field that wraps borrows from the next (2, 4 and
+8 bits); it signs its files in ``meta.quantizer``, and so do we, who write as it does. AutoGPTQ's reader, ``cuda_old``,
+takes each field for itself; files without that signature are read like that.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_tensor, require_tensors
 
 BITS = (2, 3, 4, 8)
+SIGNATURE = {"quantizer": ["lowbit"]}
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -35,6 +39,7 @@ class GptqSettings:
 
     Attributes:
         version: 1 for ``checkpoint_format: gptq``, 2 for ``gptq_v2``.
+        borrows: in version 1, whether the writer subtracted 1 from whole words.
     """
 
     bits: int
@@ -42,6 +47,7 @@ class GptqSettings:
     symmetric: bool = True
     desc_act: bool = False
     version: int = 1
+    borrows: bool = True
 
 
 class GptqWire(Wire[GptqSettings]):
@@ -61,6 +67,7 @@ class GptqWire(Wire[GptqSettings]):
             symmetric=field(config, "sym", bool, True),
             desc_act=field(config, "desc_act", bool, False),
             version=versions[spelled],
+            borrows=_writer_borrows(config.get("meta")),
         )
 
     def config(self, settings: GptqSettings) -> dict[str, Any]:
@@ -71,6 +78,7 @@ class GptqWire(Wire[GptqSettings]):
             "sym": settings.symmetric,
             "desc_act": settings.desc_act,
             "checkpoint_format": "gptq" if settings.version == 1 else "gptq_v2",
+            **({"meta": SIGNATURE} if settings.borrows else {}),
         }
 
     def spec(self, settings: GptqSettings) -> QuantSpec:
@@ -114,12 +122,16 @@ class GptqWire(Wire[GptqSettings]):
         (out_features, in_features), own = tensor.shape, tensor.tensors
         groups = tensor.spec.grouping.counts(tensor.shape)[1]
         zeros = unpack(own["zeros"], settings.bits, groups).t()
-        stored = zeros if settings.version == 2 else zeros.to(torch.int16) - 1
+        borrows = settings.borrows and settings.bits != 3
+        by_field = zeros.to(torch.int16) - (settings.version == 1 and not borrows)
+        qzeros = as_words(pack(by_field, settings.bits))
+        if settings.version == 1 and borrows:
+            qzeros = _add_to_fields(qzeros, settings.bits, -1)
         group_size = tensor.spec.grouping.cols or in_features
         plain = torch.arange(in_features, dtype=torch.int32, device=tensor.device) // group_size
         return {
             "qweight": as_words(own["codes"]).t().contiguous(),
-            "qzeros": as_words(pack(stored, settings.bits)),
+            "qzeros": qzeros,
             "scales": own["scales"].t().contiguous(),
             "g_idx": own.get("group_index", plain),
         }
@@ -163,6 +175,10 @@ class GptqWire(Wire[GptqSettings]):
 
     def _read_zeros(self, settings: GptqSettings, qzeros: Tensor, out_features: int) -> Tensor:
         stored = unpack(as_bytes(qzeros), settings.bits, out_features)
+        if settings.version == 1 and settings.borrows and settings.bits != 3:
+            zeros = unpack(as_bytes(_add_to_fields(qzeros, settings.bits, 1)), settings.bits, out_features)
+        else:
+            zeros = stored.to(torch.int16) + (settings.version == 1)
         middle = 1 << settings.bits - 1
         if settings.symmetric and settings.version == 1 and bool((stored == middle).all()):
             raise FormatError(
@@ -172,8 +188,21 @@ class GptqWire(Wire[GptqSettings]):
                 found=middle,
                 expected=middle - 1,
             )
-        zeros = stored if settings.version == 2 else stored.to(torch.int16) + 1
         return pack(zeros.t(), settings.bits)
+
+
+def _writer_borrows(meta: object) -> bool:
+    """Whether ``meta.quantizer`` (a list of ``name:version``) names a writer that subtracts from whole words."""
+    quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    names = quantizer if isinstance(quantizer, list) else [quantizer]
+    return any(isinstance(name, str) and name.partition(":")[0] in ("gptqmodel", "lowbit") for name in names)
+
+
+def _add_to_fields(words: Tensor, bits: int, amount: int) -> Tensor:
+    """Add `amount` to the lowest bit of every field of an int32 word, carrying from field to field."""
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    total = (words.to(torch.int64) + amount * ones) & 0xFFFFFFFF
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
 
 
 def _spec(bits: int, group_size: int, permuted: bool, scale_dtype: torch.dtype) -> QuantSpec:

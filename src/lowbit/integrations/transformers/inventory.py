@@ -39,14 +39,14 @@ class Inventory:
         return linear_shape(self.model.get_submodule(name))
 
     def check_complete(self) -> None:
-        """Every weight of the model has to be in the files, packed or dense; new task heads may be missing.
+        """Every weight of the model has to be in the files, packed or dense; a new task's head may be missing.
 
         Raises:
             FormatError: names what is missing, instead of leaving it to random initialisation.
         """
         packed = {f"{name}.weight" for name in self.packed}
         missing = self._expected - self.dense - packed - set(self._tied()) - self._ignorable()
-        if lost := sorted(name for name in missing if not self._is_new_head(name)):
+        if lost := sorted(name for name in missing if not self._may_be_new(name)):
             raise FormatError(
                 f"the checkpoint lacks {len(lost)} of the model's tensors, which would be left at random values",
                 file=self._where(),
@@ -118,14 +118,17 @@ class Inventory:
         patterns = self.model._keys_to_ignore_on_load_missing or []
         return {name for name in self._expected if any(re.search(pattern, name) for pattern in patterns)}
 
-    def _is_new_head(self, name: str) -> bool:
-        """Outside the base model and not the output head: what fine-tuning for another task adds."""
-        prefix = self.model.base_model_prefix
+    def _may_be_new(self, name: str) -> bool:
+        """Whether a missing tensor can belong to a head or pooler that the checkpoint's own class doesn't have.
+
+        Never where the class is the one that was saved; else linear layers outside the repeated blocks.
+        """
+        if type(self.model).__name__ in (self.model.config.architectures or []):
+            return False
+        path = name.rpartition(".")[0]
+        module = self.model.get_submodule(path)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        is_head = isinstance(head, nn.Module) and any(
-            module is head for path, module in self.model.named_modules() if name.startswith(f"{path}.")
-        )
-        return hasattr(self.model, prefix) and not name.startswith(f"{prefix}.") and not is_head
+        return isinstance(module, nn.Linear) and module is not head and not any(part.isdigit() for part in path.split("."))
 
     def _where(self) -> str:
         return str(self.files[0].parent) if self.files else "state dict"

@@ -85,6 +85,7 @@ class QuantizeDense(ConversionOps):  # type: ignore[misc]
 
 def _place(layer: QuantLinear, name: str, tensor: QuantTensor, missing_keys: Any) -> dict[str, Tensor]:
     """The tensors as parameters under their full names; those that the layer was thought to have are not missing."""
+    layer._is_hf_initialized = True  # else Transformers draws random numbers into a dense copy of every weight
     if missing_keys is not None:
         for key in [key for key in missing_keys if key.rpartition(".")[0] == name and not key.endswith(".bias")]:
             missing_keys.discard(key)

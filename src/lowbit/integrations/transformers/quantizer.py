@@ -17,7 +17,7 @@ from lowbit.core import Kept, Plan, dtypes
 from lowbit.errors import LowbitError, PlanError
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
-from lowbit.integrations.transformers.recipe import make_recipe, warn_uncalibrated
+from lowbit.integrations.transformers.recipe import make_recipe, sign, warn_uncalibrated
 from lowbit.nn import QuantLinear, dequantize_model, plan_model
 from lowbit.nn.planning import default_keep
 
@@ -31,6 +31,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            sign(quantization_config)
         self.recipe = make_recipe(quantization_config)
         self.plan: Plan | None = None
         self.errors: list[LowbitError] = []
@@ -214,9 +216,8 @@ def _on_host(layer: QuantLinear) -> Iterator[None]:
 
 def _default_reason(kept: Kept) -> bool:
     """Whether any reader leaves this weight dense without being told."""
-    return kept.reason.startswith(("embedding", "tied to", "output head", "last module", "outside")) or (
-        "is not a linear layer" in kept.reason
-    )
+    defaults = ("embedding", "tied to", "output head", "last module", "outside", "the model keeps", "fused", "a parameter of")
+    return kept.reason.startswith(defaults) or kept.reason.endswith("is not a linear layer")
 
 
 def _outside_blocks(model: nn.Module) -> dict[str, str]:

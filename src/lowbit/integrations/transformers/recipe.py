@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import importlib.metadata
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +15,6 @@ from lowbit.core import QuantSpec
 from lowbit.errors import PlanError
 from lowbit.wire import Wire, find_wire
 from lowbit.wire.bitsandbytes import is_bitsandbytes
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,19 @@ def _awq(data: Mapping[str, Any], wire: Wire[Any], settings: Any) -> Recipe:
         skip=tuple(data.get("modules_to_not_convert") or ()),
         only_blocks=True,
     )
+
+
+def sign(config: Any) -> None:
+    """Name lowbit as the writer of a new GPTQ checkpoint: readers tell the dialect of its zero points by that."""
+    if getattr(config, "quant_method", None) == "gptq" and getattr(config, "meta", None) is None:
+        config.meta = {"quantizer": [f"lowbit:{_version('lowbit')}"]}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
 
 
 def warn_uncalibrated(config: Any) -> None:
