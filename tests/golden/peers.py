@@ -462,7 +462,7 @@ def gptqmodel_quantize(src_dir: str | Path, dst_dir: str | Path, texts: list[str
 
 def transformers_logits_with_peers(path: str | Path, input_ids: torch.Tensor, dtype: str = "float16") -> torch.Tensor:
     """The logits, fp32 [batch, length, vocabulary], of the stock model at `path`, loaded and run in the worker."""
-    return _in_gptqmodel(_transformers_logits, str(path), input_ids, dtype)
+    return _in_worker(_transformers_logits, str(path), input_ids, dtype)
 
 
 def transformers_weights_with_peers(path: str | Path) -> Tensors:
@@ -481,9 +481,11 @@ def transformers_load_with_peers(path: str | Path, dtype: str = "float16") -> to
     **This imports gptqmodel into the calling process**, with all that it patches, and what lowbit has registered with
     Transformers stays registered. In a test, the two functions above are the better choice.
     """
-    package_dir("gptqmodel", "gptqmodel==7.7.0 (and what peers.py lists)")
     from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
+    if AutoConfig.from_pretrained(path).quantization_config["quant_method"] == "bitsandbytes":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map="cpu").eval()
+    package_dir("gptqmodel", "gptqmodel==7.7.0 (and what peers.py lists)")
     awq = AutoConfig.from_pretrained(path).quantization_config["quant_method"] == "awq"
     plain = AwqConfig(backend="torch_awq") if awq else GPTQConfig(bits=4, backend="gptq_torch")  # only backend counts
     model = AutoModelForCausalLM.from_pretrained(
@@ -506,6 +508,12 @@ def bitsandbytes_save(src_dir: str | Path, dst_dir: str | Path, settings: dict[s
     """
     package_dir("bitsandbytes", "bitsandbytes")
     return _in_worker(_bitsandbytes_save, str(src_dir), str(dst_dir), settings)
+
+
+def bitsandbytes_weights(path: str | Path) -> Tensors:
+    """The weights [out, in] of a bitsandbytes checkpoint as stock Transformers loads it, by bitsandbytes' own reader."""
+    package_dir("bitsandbytes", "bitsandbytes")
+    return _in_worker(_bitsandbytes_weights, str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -615,13 +623,18 @@ def _bitsandbytes_save(src_dir: str, dst_dir: str, settings: dict[str, Any]) -> 
     model = AutoModelForCausalLM.from_pretrained(
         src_dir, dtype="auto", device_map="cpu", quantization_config=config
     ).eval()
-    weights = {}
-    for name, module in model.named_modules():
-        weight = _bitsandbytes_weight(module)
-        if weight is not None:
-            weights[name] = weight
+    weights = _weights_of(model)
     model.save_pretrained(dst_dir)
     return weights
+
+
+def _bitsandbytes_weights(path: str) -> Tensors:
+    return _weights_of(transformers_load_with_peers(path))
+
+
+def _weights_of(model: torch.nn.Module) -> Tensors:
+    found = {name: _bitsandbytes_weight(module) for name, module in model.named_modules()}
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 def _bitsandbytes_weight(module: torch.nn.Module) -> torch.Tensor | None:

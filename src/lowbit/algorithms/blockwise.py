@@ -35,7 +35,8 @@ def table(name: str) -> Tensor:
     if name == "nf4":
         return torch.tensor(_NF4, dtype=torch.float32)
     if name == "fp4":
-        values = torch.tensor(_FP4_TWELFTHS + tuple(-v for v in _FP4_TWELFTHS), dtype=torch.float32)
+        # 0 - v, not -v: bitsandbytes' table has no negative zero, and files are compared by their bytes.
+        values = torch.tensor(_FP4_TWELFTHS + tuple(0.0 - v for v in _FP4_TWELFTHS), dtype=torch.float32)
         return values / values.abs().max()
     raise PlanError(f"unknown table '{name}'; there are nf4 and fp4")
 

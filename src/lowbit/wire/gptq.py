@@ -123,7 +123,7 @@ class GptqWire(Wire[GptqSettings]):
         groups = tensor.spec.grouping.counts(tensor.shape)[1]
         zeros = unpack(own["zeros"], settings.bits, groups).t()
         borrows = settings.borrows and settings.bits != 3
-        by_field = zeros.to(torch.int16) - (settings.version == 1 and not borrows)
+        by_field = zeros.to(torch.int16) - int(settings.version == 1 and not borrows)
         qzeros = as_words(pack(by_field, settings.bits))
         if settings.version == 1 and borrows:
             qzeros = _add_to_fields(qzeros, settings.bits, -1)
@@ -178,7 +178,7 @@ class GptqWire(Wire[GptqSettings]):
         if settings.version == 1 and settings.borrows and settings.bits != 3:
             zeros = unpack(as_bytes(_add_to_fields(qzeros, settings.bits, 1)), settings.bits, out_features)
         else:
-            zeros = stored.to(torch.int16) + (settings.version == 1)
+            zeros = stored.to(torch.int16) + int(settings.version == 1)
         middle = 1 << settings.bits - 1
         if settings.symmetric and settings.version == 1 and bool((stored == middle).all()):
             raise FormatError(

@@ -132,8 +132,8 @@ def _load_config(path: str, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, d
     config = kwargs.pop("config", None)
     if config is not None:
         return config, kwargs
-    # Kept for the model as well: the config's own loader would swallow these.
-    shared = {name: kwargs[name] for name in ("dtype", "attn_implementation") if name in kwargs}
+    # For the model alone: the config's own loader would swallow these, and take "auto" for a dtype.
+    shared = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
     config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     return config, {**rest, **hub, **shared}
