@@ -26,7 +26,7 @@ from torch.nn import functional
 from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero, pack, unpack
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
-from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_tensor, require_tensors
+from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_layout, require_tensor, require_tensors
 
 BITS = 4
 PER_WORD = 8
@@ -115,8 +115,9 @@ class AwqWire(Wire[AwqSettings]):
         require_tensor("scales", scales, dtypes=(torch.float16, torch.bfloat16, torch.float32), dims=2)
         shape = _shape(settings, qweight)
         spec = _spec(settings, scales.dtype)
-        for name, (wanted, dtype) in self.expected(settings, spec, shape).items():
-            require_tensor(name, tensors[name], shape=wanted, dtypes=(dtype,))
+        require_layout(tensors, self.expected(settings, spec, shape))
+        if reason := self.refusal(settings, spec, shape):
+            raise FormatError(f"no AWQ weight has this shape: {reason}", tensor="qweight", found=list(qweight.shape))
         groups = spec.grouping.counts(shape)[1]
         reader = {"gemm": _read_gemm, "gemv": _read_gemv, "gemv_fast": _read_gemv_fast}[settings.layout]
         return QuantTensor(spec, reader(qweight, qzeros, scales, groups), shape).validate()

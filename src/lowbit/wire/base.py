@@ -100,6 +100,13 @@ def require_tensor(
         raise FormatError("wrong dtype", tensor=name, found=tensor.dtype, expected=" or ".join(map(str, dtypes)))
 
 
+def require_layout(tensors: Mapping[str, Tensor], layout: TensorLayout) -> None:
+    """Raise a FormatError unless every tensor of `layout` is there with its shape and dtype."""
+    require_tensors(tensors, list(layout))
+    for name, (shape, dtype) in layout.items():
+        require_tensor(name, tensors[name], shape=shape, dtypes=(dtype,))
+
+
 def field(config: Json, name: str, kind: type, default: Any = None, *, allowed: Sequence[Any] = ()) -> Any:
     """A value of a configuration, of exactly the type `kind` (a bool is not an int here).
 
