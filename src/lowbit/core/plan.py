@@ -59,8 +59,11 @@ def _fate(entry: QuantSpec | Kept) -> str:
 
 def _fold_layers(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """Write ``layers.0.x .. layers.31.x`` as ``layers.*.x (32)`` where shape and fate agree."""
-    counts: dict[tuple[str, str, str], int] = {}
+    names: dict[tuple[str, str, str], list[str]] = {}
     for name, shape, fate in rows:
         pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        counts[pattern, shape, fate] = counts.get((pattern, shape, fate), 0) + 1
-    return [(f"{name} ({count})" if count > 1 else name, shape, fate) for (name, shape, fate), count in counts.items()]
+        names.setdefault((pattern, shape, fate), []).append(name)
+    return [
+        (f"{pattern} ({len(found)})" if len(found) > 1 else found[0], shape, fate)
+        for (pattern, shape, fate), found in names.items()
+    ]

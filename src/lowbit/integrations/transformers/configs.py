@@ -5,6 +5,7 @@ Each class is a subclass of Transformers' own, under the same name, so that eith
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ import transformers
 
 _EXLLAMA_VERSIONS = (1, 2)
 _AWQ_KERNEL_NAMES = ("exllama", "ipex", "marlin")
+_MODULE_NAME = re.compile(r"[\w.\-]+")
 
 
 class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
@@ -24,10 +26,13 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
 
 
 class GPTQConfig(transformers.GPTQConfig):
-    """`transformers.GPTQConfig` with the kernel hints `use_exllama`, `exllama_config` and `disable_exllama`.
+    """`transformers.GPTQConfig` with kernel hints, and with modules that stay dense.
 
     ``use_exllama=False`` (or ``disable_exllama=True``) asks for the plain torch kernel; ``True``, the default, leaves the
     choice to lowbit. The version in `exllama_config` is checked and has no further meaning. None of them is stored.
+
+    `modules_to_not_convert` takes the patterns of :func:`lowbit.nn.planning.matches`. The modules that were left out are
+    stored as AWQ does, and besides as GPTQModel and vLLM read it: ``dynamic``, with ``-:`` and a regular expression each.
 
     Raises:
         ValueError: both `use_exllama` and `disable_exllama` are given, or the version is not 1 or 2.
@@ -40,6 +45,8 @@ class GPTQConfig(transformers.GPTQConfig):
         use_exllama: bool | None = None,
         exllama_config: dict[str, Any] | None = None,
         disable_exllama: bool | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        dynamic: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if use_exllama is not None and disable_exllama is not None:
@@ -49,6 +56,8 @@ class GPTQConfig(transformers.GPTQConfig):
         _check_exllama(exllama_config)
         super().__init__(bits, *args, **kwargs)
         self.use_exllama = use_exllama
+        self.modules_to_not_convert = modules_to_not_convert
+        self.dynamic = dynamic
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {**super().get_loading_attributes(), "use_exllama": self.use_exllama}
@@ -56,6 +65,11 @@ class GPTQConfig(transformers.GPTQConfig):
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = super().to_dict()
         data.pop("use_exllama", None)
+        names = [name for name in data["modules_to_not_convert"] or () if _MODULE_NAME.fullmatch(name)]
+        data["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in names} | (data["dynamic"] or {})
+        for name in ("modules_to_not_convert", "dynamic"):
+            if not data[name]:
+                del data[name]
         return data
 
 

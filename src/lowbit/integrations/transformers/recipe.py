@@ -12,9 +12,11 @@ import torch
 
 from lowbit.algorithms import Algorithm, BlockwiseTable, Int8Rows, RoundToNearest
 from lowbit.core import QuantSpec
-from lowbit.errors import PlanError
+from lowbit.errors import FormatError, PlanError
 from lowbit.wire import Wire, find_wire
 from lowbit.wire.bitsandbytes import is_bitsandbytes
+
+_LAYOUT = ("bits", "group_size", "sym", "desc_act")  # what GPTQModel's `dynamic` may change that files depend on
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,26 @@ def _gptq(config: Any, data: Mapping[str, Any], wire: Wire[Any], settings: Any) 
         wire=wire,
         settings=settings,
         algorithm=RoundToNearest(symmetric=settings.symmetric),
+        skip=(*(data.get("modules_to_not_convert") or ()), *_excluded(data)),
         kernel="torch" if getattr(config, "use_exllama", None) is False else None,
         only_blocks=True,
     )
+
+
+def _excluded(data: Mapping[str, Any]) -> list[str]:
+    """The patterns of modules that GPTQModel's ``dynamic`` leaves dense.
+
+    Raises:
+        FormatError: it is not an object, or gives some modules another layout.
+    """
+    rules = data.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or not all(isinstance(changes, Mapping) for changes in rules.values()):
+        raise FormatError("quantization_config.dynamic maps patterns to objects", found=repr(rules)[:80])
+    for pattern, changes in rules.items():
+        if not pattern.startswith("-:") and any(changes.get(key, data.get(key)) != data.get(key) for key in _LAYOUT):
+            raise FormatError("modules with settings of their own are not supported yet", found=f"dynamic: {pattern}"[:80])
+    # There a match may end anywhere in the name.
+    return [f"(?:{pattern[2:]}).*" for pattern in rules if pattern.startswith("-:")]
 
 
 def _awq(data: Mapping[str, Any], wire: Wire[Any], settings: Any) -> Recipe:
