@@ -90,8 +90,8 @@ def matches(name: str, patterns: Sequence[str]) -> str | None:
     """The first pattern that a module name matches, or None.
 
     A plain name matches itself, everything below it, and as a suffix at a dot (``lm_head``, ``layers.0``,
-    ``self_attn.q_proj``). ``*`` and ``?`` are wildcards over the whole name. Anything else is a regular expression,
-    matched from the start of the name to a dot or the end.
+    ``self_attn.q_proj``). ``*`` and ``?`` are wildcards over the whole name. What matches as neither is taken as a regular
+    expression, from the start of the name to a dot or the end.
 
     Raises:
         PlanError: an expression is invalid or could take exponential time.
@@ -108,7 +108,7 @@ def _matches(name: str, pattern: str) -> bool:
     plain = pattern.removesuffix(".weight")
     if _PLAIN.fullmatch(pattern):
         return f".{name}.".endswith(f".{plain}.") or f"{name}.".startswith(f"{plain}.")
-    if _GLOB.fullmatch(pattern) and ".*" not in pattern:
+    if _GLOB.fullmatch(pattern) and (fnmatch.fnmatchcase(name, pattern) or pattern[0] in "*?"):
         return fnmatch.fnmatchcase(name, pattern)
     if _EXPLOSIVE.search(pattern):
         raise PlanError(f"the module pattern {pattern!r} repeats a repeated group, which can take exponential time")
