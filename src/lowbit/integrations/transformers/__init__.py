@@ -2,12 +2,14 @@
 
 from lowbit.integrations.transformers.auto import auto_class
 from lowbit.integrations.transformers.configs import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from lowbit.integrations.transformers.recipe import Recipe
 from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
 
 __all__ = [
     "AwqConfig",
     "BitsAndBytesConfig",
     "GPTQConfig",
+    "Recipe",
     "auto_class",
     "register",
     "register_method",

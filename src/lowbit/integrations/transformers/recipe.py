@@ -84,7 +84,9 @@ def make_recipe(config: Any) -> Recipe:
     settings = wire.parse(data)
     if wire.name == "gptq":
         return _gptq(config, data, wire, settings)
-    return _awq(data, wire, settings)
+    if wire.name == "awq":
+        return _awq(data, wire, settings)
+    raise PlanError(f"the wire '{wire.name}' has no quantization method of its own; add one with register_method")
 
 
 def _bitsandbytes(config: Any, data: Mapping[str, Any]) -> Recipe:
