@@ -59,18 +59,22 @@ def quantize_model(model: nn.Module, plan: Plan, quantize: Quantize, *, compute_
         swap_linear(model, name, tensor, compute_dtype=compute_dtype, dtype=dtype)
 
 
-def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every quantized layer by a dense ``nn.Linear`` in place, one layer at a time.
+def dense_linear(layer: QuantLinear, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A plain ``nn.Linear`` with the layer's dequantized weight, on the device of its packed tensors.
 
     Args:
-        dtype: of the dense weights; None for the dtype that the layer works in.
+        dtype: of weight and bias; None for the dtype that the layer works in.
     """
+    weight = layer.dequantize(dtype or layer.dense_dtype)
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    return dense.train(layer.training)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace every quantized layer by a dense ``nn.Linear`` in place, one layer at a time; `dtype` as above."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
-            weight = layer.dequantize(dtype or layer.dense_dtype)
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            dense.weight = nn.Parameter(weight, requires_grad=False)
-            if layer.bias is not None:
-                dense.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
-            dense.train(layer.training)
-            model.set_submodule(name, dense)
+            model.set_submodule(name, dense_linear(layer, dtype))

@@ -193,7 +193,8 @@ def _check_same(stored: Any, requested: Any) -> None:
     given, have = requested.to_dict(), stored.to_dict()
     default = _defaults(requested)
     for name, value in given.items():
-        if name in _RUN_TIME or name not in have or value == have[name] or value == default.get(name, value):
+        left_alone = name in default and value == default[name]
+        if name in _RUN_TIME or name not in have or value == have[name] or left_alone:
             continue
         raise PlanError(f"the checkpoint is stored with {name}={have[name]!r}, and {name}={value!r} is asked for")
 

@@ -33,6 +33,7 @@ class Inventory:
         self.model, self.wire = model, wire
         self.files = [Path(file) for file in files or []]
         self._expected = set(model.state_dict())
+        self._modules = dict(model.named_modules())
         self._load_names()
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -69,12 +70,15 @@ class Inventory:
                 expected=self.wire.name,
             )
         owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
-        self.packed = [self._module_of(name) for name in stored]
+        self.packed = [name for name in map(self._module_of, stored) if name is not None]
         self.dense = {target for name in names if name not in owned for target in self._targets(name)}
 
-    def _module_of(self, stored: str) -> str:
+    def _module_of(self, stored: str) -> str | None:
+        """The module of a packed weight; None for what only the checkpoint's own class has (a pooler, a head)."""
         name = self._rename(f"{stored}.weight", []).removesuffix(".weight")
-        module = dict(self.model.named_modules()).get(name)
+        module = self._modules.get(name)
+        if module is None and not self._is_own_class() and not any(part.isdigit() for part in name.split(".")):
+            return None
         if module is None or not is_linear(module):
             found = "no such module" if module is None else type(module).__name__
             raise FormatError(
@@ -123,12 +127,16 @@ class Inventory:
 
         Never where the class is the one that was saved; else linear layers outside the repeated blocks.
         """
-        if type(self.model).__name__ in (self.model.config.architectures or []):
+        if self._is_own_class():
             return False
         path = name.rpartition(".")[0]
         module = self.model.get_submodule(path)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         return isinstance(module, nn.Linear) and module is not head and not any(part.isdigit() for part in path.split("."))
+
+    def _is_own_class(self) -> bool:
+        """Whether the model is of the class that was saved."""
+        return type(self.model).__name__ in (self.model.config.architectures or [])
 
     def _where(self) -> str:
         return str(self.files[0].parent) if self.files else "state dict"

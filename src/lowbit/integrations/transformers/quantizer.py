@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +14,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from lowbit.core import Kept, Plan, dtypes
 from lowbit.errors import LowbitError, PlanError
+from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_host
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.recipe import make_recipe, sign, warn_uncalibrated
-from lowbit.nn import QuantLinear, dequantize_model, plan_model
+from lowbit.nn import QuantLinear, plan_model
 from lowbit.nn.planning import default_keep
+from lowbit.nn.swap import dense_linear
 
 TESTED = ("5.17", "6")
 
@@ -64,7 +65,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             self._plan_packed(model, dtype or torch.get_default_dtype(), checkpoint_files)
         else:
-            self._plan_dense(model, device_map)
+            self._plan_dense(model, device_map, dtype or torch.get_default_dtype())
 
     def _plan_packed(self, model: Any, dtype: torch.dtype, checkpoint_files: list[str] | None) -> None:
         """Make a packed layer of every module whose packed weight is in the files, and check that nothing is missing."""
@@ -79,7 +80,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             self, self.recipe.wire.suffixes, inventory.packed, getattr(model, "base_model_prefix", "")
         )
 
-    def _plan_dense(self, model: Any, device_map: Any) -> None:
+    def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
         warn_uncalibrated(self.quantization_config)
         recipe = self.recipe
         keep = default_keep(model)
@@ -89,7 +90,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             keep |= _dense_on_cpu(model, device_map)
         self.plan = plan_model(
             model,
-            recipe.spec,
+            recipe.spec_for(dtype),
             skip=recipe.skip,
             keep=keep,
             refusal=lambda spec, shape: recipe.wire.refusal(recipe.settings, spec, shape),
@@ -161,14 +162,21 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         owned = {f"{name}.{part}" for name, layer in packed.items() for part in layer.packed_names}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned}
         for name, layer in packed.items():
-            with _on_host(layer):
+            with on_host(layer):
                 tensors = self.recipe.wire.write(self.recipe.settings, layer.quant_tensor())
             state |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
         return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving a model turns its config's dtype, the default here, into a string.
-        dequantize_model(model, None if dtype is None else dtypes.parse(dtype))
+        wanted = None if dtype is None else dtypes.parse(dtype)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, QuantLinear):
+                offloaded = is_offloaded(layer)
+                with on_host(layer):
+                    dense = dense_linear(layer, wanted)
+                hand_over_hooks(layer, dense, offloaded=offloaded)
+                model.set_submodule(name, dense)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -200,18 +208,6 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _quant_layers(model: nn.Module) -> Iterator[QuantLinear]:
     return (module for module in model.modules() if isinstance(module, QuantLinear))
-
-
-@contextmanager
-def _on_host(layer: QuantLinear) -> Iterator[None]:
-    """Bring back a layer whose weights are offloaded, for as long as they are needed."""
-    if all(tensor.device.type != "meta" for tensor in layer.packed):
-        yield
-        return
-    from accelerate.utils import align_module_device
-
-    with align_module_device(layer, execution_device="cpu"):
-        yield
 
 
 def _default_reason(kept: Kept) -> bool:
