@@ -23,8 +23,9 @@ from lowbit.wire.store import sidecar_config
 
 _METHOD = "lowbit"
 _CONFIG_CLASSES: dict[str, type[Any]] = {"bitsandbytes": BitsAndBytesConfig, "gptq": GPTQConfig, "awq": AwqConfig}
-# Arguments of a quantization config that say how to run, not what is stored; a caller may differ from the file in these.
-_RUN_TIME = {"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "kernel_version", "meta"}
+# Arguments of a quantization config that say how to run or how it was made, not what is stored; a caller may differ from
+# the file in these.
+_NOT_STORED = {"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "kernel_version", "meta"}
 
 
 class _Carried(QuantizationConfigMixin):  # type: ignore[misc]
@@ -177,8 +178,8 @@ def _combine(stored: Any, requested: Any) -> _Carried | None:
         return None if requested is None else _Carried(requested, pre_quantized=False)
     if requested is not None:
         _check_same(stored, requested)
-        for name in _RUN_TIME & set(vars(requested)):
-            setattr(stored, name, getattr(requested, name))
+        if hasattr(requested, "use_exllama"):
+            stored.use_exllama = requested.use_exllama
     return _Carried(stored, pre_quantized=True)
 
 
@@ -194,7 +195,7 @@ def _check_same(stored: Any, requested: Any) -> None:
     default = _defaults(requested)
     for name, value in given.items():
         left_alone = name in default and value == default[name]
-        if name in _RUN_TIME or name not in have or value == have[name] or left_alone:
+        if name in _NOT_STORED or name not in have or value == have[name] or left_alone:
             continue
         raise PlanError(f"the checkpoint is stored with {name}={have[name]!r}, and {name}={value!r} is asked for")
 
