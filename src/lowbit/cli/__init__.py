@@ -1,0 +1,5 @@
+"""The command line: ``lowbit quantize | inspect | eval | demo | doctor``."""
+
+from lowbit.cli.app import main
+
+__all__ = ["main"]
