@@ -1,0 +1,50 @@
+"""The Python examples of the pages under docs/, and the links between pages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from snippets import blocks, run_python
+
+from lowbit.algorithms import base
+from lowbit.kernels import registry
+from lowbit.wire import detect
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
+EXAMPLES = ("adding-a-kernel.md", "adding-a-wire.md", "adding-an-algorithm.md")
+_LINK = re.compile(r"\]\(([^)#\s]+)\)")
+
+
+@pytest.fixture
+def _registries_as_before() -> Iterator[None]:
+    lists = [base._registered(), registry._registered(), detect._registered()]
+    before = [list(entries) for entries in lists]
+    yield
+    for entries, kept in zip(lists, before, strict=True):
+        entries[:] = kept
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.usefixtures("_registries_as_before")
+def test_examples_run_in_order_and_print_what_is_shown(name: str) -> None:
+    page = REPOSITORY / "docs" / name
+    namespace: dict[str, object] = {"__name__": name}
+    for block in blocks(page):
+        assert block.language == "python"
+        run_python(page, block, namespace)
+
+
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", *PAGES], ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in _LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(REPOSITORY / "docs" / link).resolve() for link in _LINK.findall(index)}
+    assert {page for page in PAGES if page.name != "README.md"} <= linked
