@@ -32,6 +32,13 @@ class FormatError(LowbitError, ValueError):
         text = f"{where}: {self.message}" if where else self.message
         return f"{text} ({', '.join(details)})" if details else text
 
+    def inside(self, module: str, file: str | None = None) -> FormatError:
+        """The same error of one of a module's tensors, under its full name."""
+        tensor = f"{module}.{self.tensor}" if self.tensor else module
+        return FormatError(
+            self.message, file=self.file or file, tensor=tensor, found=self.found, expected=self.expected
+        )
+
     def located(self, *, file: str | None = None, tensor: str | None = None) -> FormatError:
         """The same error with the file or tensor filled in by a caller that knows it."""
         return FormatError(

@@ -42,7 +42,8 @@ def test_it_takes_fewer_than_sixty_lines() -> None:
     assert len([line for line in lines if line and not line.startswith("#")]) < 60
 
 
-def test_the_page_runs(twelfth: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("twelfth")
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks(PAGE)[1:]:
@@ -97,7 +98,7 @@ def test_unregistering_takes_everything_back(twelfth: Any, small: Path, tmp_path
     model.save_pretrained(tmp_path)
     twelfth.unregister()
     assert before == (dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING), wires())
-    with pytest.raises(lowbit.FormatError, match="unknown quantization method.*planes5"):
+    with pytest.raises(lowbit.FormatError, match=r"unknown quantization method.*planes5"):
         lowbit.open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="planes5"):
         lowbit.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -117,7 +118,7 @@ def test_damaged_tensors_are_refused(twelfth: Any, name: str, damage: Any) -> No
         wire.read(settings, stored | {name: damage(stored[name])})
 
 
-def test_a_wire_without_a_method_says_so(twelfth: Any, small: Path, tmp_path: Path) -> None:
+def test_a_wire_without_a_method_says_so(twelfth: Any, small: Path) -> None:
     twelfth.register_wire(twelfth.PlanesWire())
     with pytest.raises(lowbit.PlanError, match="register_method"):
         lowbit.AutoModelForCausalLM.from_pretrained(small, quantization_config=twelfth.PlanesConfig())

@@ -6,6 +6,7 @@ more in a process of its own.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -19,7 +20,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.core import Activation, Grouping, IntCode, QuantSpec, QuantTensor, Scale, SecondLevel, TableCode, Zero, pack, reference
+from lowbit.core import (
+    Activation,
+    Grouping,
+    IntCode,
+    QuantSpec,
+    QuantTensor,
+    Scale,
+    SecondLevel,
+    TableCode,
+    Zero,
+    pack,
+    reference,
+)
 from lowbit.kernels import Problem, kernel_named, ops
 from lowbit.kernels.triton import wna16
 from lowbit.kernels.triton.wna16 import Config, Wna16Kernel
@@ -32,21 +45,22 @@ KERNEL = Wna16Kernel()
 runs = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs within test_in_the_interpreter")
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
-# Relative error of the result, ||y - r|| / ||r|| with r from the reference in fp64, over SEEDS seeds of SHAPES x BATCHES
-# (`python tests/kernels/test_wna16.py` measures it again): mean + 6 sigma.
-TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
-# (out, in, columns per group, permuted): tiles and groups that end early, groups of all classes, fewer rows than a block.
+# (out, in, columns per group, permuted): tiles and groups that end early, groups of all classes, blocks half empty.
 SHAPES = [
     (48, 256, 128, None),
     (33, 200, 64, None),
-    (40, 320, 32, "even"),
+    (24, 320, 32, "even"),
     (24, 144, 24, None),
-    (40, 208, 16, "even"),
+    (24, 208, 16, "even"),
     (17, 136, 8, "uneven"),
     (7, 65, 0, None),
-    (64, 192, 0, "even"),
+    (32, 192, 0, "even"),
 ]
+# Mean and standard deviation of ||y - r|| / ||r||, r from the reference in fp64, over SHAPES, batches 1 to 16 and 50
+# seeds each, as `python tests/kernels/test_wna16.py` measures them; the larger of interpreter and H200.
+MEASURED = {torch.float16: (2.2e-4, 3.6e-5), torch.bfloat16: (1.8e-3, 3.0e-4), torch.float32: (1.6e-7, 7.5e-8)}
+TOLERANCE = {dtype: mean + 8 * sigma for dtype, (mean, sigma) in MEASURED.items()}
+
 CONFIGS = [
     Config(slices=2, bands=1, fragments=1, steps=2, prefetch=False, registers=128),
     Config(slices=1, bands=2, fragments=2, steps=2, prefetch=True, registers=255),
@@ -54,9 +68,11 @@ CONFIGS = [
 ]
 
 
-def make(shape: tuple[int, int], group: int, permuted: str | None, *, scales: torch.dtype = torch.float16, seed: int = 0) -> QuantTensor:
+def make(
+    shape: tuple[int, int], group: int, permuted: str | None, *, scales: torch.dtype = torch.float16, seed: int = 0
+) -> QuantTensor:
     generator = torch.Generator().manual_seed(seed)
-    spec = QuantSpec(IntCode(4), Scale(scales), Grouping.groups(group, permuted=permuted is not None), Zero("integer", 4))
+    spec = QuantSpec(IntCode(4), Scale(scales), Grouping(cols=group, permuted=permuted is not None), Zero("integer", 4))
     groups = spec.grouping.counts(shape)[1]
     tensors = {
         "codes": pack(torch.randint(0, 16, shape, generator=generator), 4),
@@ -95,7 +111,8 @@ def test_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -103,7 +120,7 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("out_features", "in_features", "group", "permuted"), [*SHAPES, (1, 1, 0, None), (16, 64, 64, "uneven")])
+@pytest.mark.parametrize(("out_features", "in_features", "group", "permuted"), [*SHAPES, (1, 1, 0, None)])
 def test_restore_is_the_inverse_of_prepare(
     out_features: int, in_features: int, group: int, permuted: str | None, scales: torch.dtype
 ) -> None:
@@ -131,7 +148,7 @@ def test_bits_per_weight(permuted: str | None) -> None:
     assert 8 * bytes_ / (256 * 1024) <= (4.1875 if permuted is None else 4.3125)
 
 
-@pytest.mark.parametrize("path", sorted((Path(wna16.__file__).parent.parent / "tables").glob("wna16_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(wna16._TABLES.glob("wna16_*.json")), ids=lambda path: path.stem)
 def test_tables(path: Path) -> None:
     table = json.loads(path.read_text())
     for line in table["lines"]:
@@ -149,15 +166,14 @@ GOOD = QuantSpec(IntCode(4), Scale(torch.float16), Grouping.groups(128), Zero("i
 
 
 def _but(**changes: Any) -> QuantSpec:
-    fields = {name: getattr(GOOD, name) for name in ("code", "scale", "grouping", "zero", "activation", "dtype", "rounding")}
-    return QuantSpec(**(fields | changes))
+    return dataclasses.replace(GOOD, **changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("spec", [GOOD, _but(grouping=Grouping.per_channel()), _but(grouping=Grouping.groups(40, permuted=True))])
-def test_takes(spec: QuantSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grouping", [Grouping.groups(128), Grouping.per_channel(), Grouping.groups(40, permuted=True)])
+def test_takes(grouping: Grouping, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wna16, "_machine_refusal", lambda: None)
-    assert KERNEL.refusal(Problem(spec, (64, 240), "cuda", dtype)) is None
+    assert KERNEL.refusal(Problem(_but(grouping=grouping), (64, 240), "cuda", dtype)) is None
 
 
 @pytest.mark.parametrize(
@@ -243,7 +259,7 @@ def test_linear(
 @runs
 @pytest.mark.parametrize("rows", [*range(1, 17), 17, 32, 33, 64, 65])
 def test_batches(config: Config, rows: int) -> None:
-    tensor = make((40, 256), 64, None)
+    tensor = make((24, 256), 64, None)
     inputs = torch.randn(rows, 256, device=DEVICE).half()
     assert relative_error(apply(tensor, KERNEL.prepare(tensor), inputs), tensor, inputs) < TOLERANCE[torch.float16]
 
@@ -262,11 +278,11 @@ def test_with_the_table_as_it_is(shape: tuple[int, int], rows: int) -> None:
 @runs
 @pytest.mark.parametrize("config", CONFIGS, indirect=True, ids=str)
 @pytest.mark.parametrize("permuted", [None, "even"])
-def test_reads_and_writes_only_what_is_its_own(config: Config, permuted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_touches_only_its_own(config: Config, permuted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN before and behind inputs and outputs, and in the padding of the weight."""
     tensor = make((40, 272), 16 if permuted else 0, permuted)
     prepared = KERNEL.prepare(tensor)
-    prepared["scales"].view(-1, 8, 2)[-tensor.spec.grouping.counts(tensor.shape)[1] :, :, 1] = torch.nan  # rows 40 to 47
+    prepared["scales"][-1, :, 1::2] = torch.nan  # rows 40 to 47, which don't exist
     guarded = torch.full((5 * 272 + 32,), torch.nan, device=DEVICE, dtype=torch.float16)
     inputs = guarded[16:-16].view(5, 272).normal_()
     allocated: list[Tensor] = []
@@ -340,8 +356,8 @@ def test_a_layer_moves_there_and_back(permuted: str | None) -> None:
 def _arguments(rows: int, bias: bool = True) -> tuple[Any, ...]:
     tensor = make((96, 256), 64, None)
     inputs = torch.randn(rows, 256, device=DEVICE).half()
-    weight = list(KERNEL.prepare(tensor).values())
-    return inputs, weight, torch.randn(96, device=DEVICE).half() if bias else None, tensor.spec.to_json(), KERNEL.name, 96
+    added = torch.randn(96, device=DEVICE).half() if bias else None
+    return inputs, list(KERNEL.prepare(tensor).values()), added, tensor.spec.to_json(), KERNEL.name, 96
 
 
 @on_gpu
@@ -374,7 +390,7 @@ def test_backward_goes_through_the_dense_weight() -> None:
 @on_gpu
 @pytest.mark.parametrize("rows", [1, 16])
 def test_in_a_graph_after_anything(rows: int) -> None:
-    """The program may be launched while the kernel before it runs; a fill, a copy and a fork before it must still count."""
+    """The program may be launched while the kernel before it runs; a fill, a copy, a fork before it still count."""
     arguments = _arguments(rows)
     fresh = [torch.randn_like(arguments[0]) for _ in range(4)]
     expected = [ops.linear(inputs, *arguments[1:]) for inputs in [torch.zeros_like(fresh[0]), *fresh]]

@@ -215,14 +215,7 @@ class _LazyWeights(Mapping[str, QuantTensor]):
         try:
             return self._wire.read(self._settings, tensors)
         except FormatError as error:
-            name = f"{module}.{error.tensor}" if error.tensor else module
-            raise FormatError(
-                error.message,
-                file=str(self._files.file_of(f"{module}.{self._wire.marker}")),
-                tensor=name,
-                found=error.found,
-                expected=error.expected,
-            ) from error
+            raise error.inside(module, str(self._files.file_of(f"{module}.{self._wire.marker}"))) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)

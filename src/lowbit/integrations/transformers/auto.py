@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers import auto as hf_auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.errors import LowbitError, PlanError
+from lowbit.errors import FormatError, LowbitError, PlanError
 from lowbit.integrations.transformers.configs import AwqConfig, BitsAndBytesConfig, GPTQConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
 from lowbit.wire.bitsandbytes import is_bitsandbytes
@@ -123,10 +123,11 @@ def _requested_config(kwargs: dict[str, Any]) -> Any:
 def _as_object(data: dict[str, Any]) -> Any:
     """A config object from a dict, as it stands in config.json."""
     method = "bitsandbytes" if is_bitsandbytes(data) else data.get("quant_method")
-    config_class = _CONFIG_CLASSES.get(str(method))
-    if config_class is None:
-        return hf_auto.AutoQuantizationConfig.from_dict(data)
-    return config_class.from_dict({**data, "quant_method": method})
+    config_class = _CONFIG_CLASSES.get(str(method), hf_auto.AutoQuantizationConfig)
+    try:
+        return config_class.from_dict({**data, "quant_method": method})
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"quantization_config is not valid: {error}", found=repr(data)[:200]) from error
 
 
 def _load_config(path: str, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:

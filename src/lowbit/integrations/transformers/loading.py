@@ -47,7 +47,7 @@ class ReadPacked(ConversionOps):  # type: ignore[misc]
             if tensor.shape != layer.shape:
                 raise FormatError("the weight is not the module's", found=list(tensor.shape), expected=list(layer.shape))
         except FormatError as error:
-            raise self.hf_quantizer.note(error.located(tensor=name)) from error
+            raise self.hf_quantizer.note(error.inside(name)) from error
         layer.allocate(tensor.spec)
         return _place(layer, name, tensor, missing_keys)
 

@@ -1,0 +1,39 @@
+"""Running the command line inside the test's process, and leaving nothing of it behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from outcome import Lowbit, Outcome
+from transformers.utils import logging
+
+from lowbit.cli import main
+
+
+@pytest.fixture
+def lowbit(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Lowbit]:
+    """``lowbit("eval", path, "--text", file)``: runs a command line."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "PASSIVE"))
+    handler, level = signal.getsignal(signal.SIGTERM), logging.get_verbosity()
+
+    def run(*words: object) -> Outcome:
+        capfd.readouterr()
+        status = main([str(word) for word in words])
+        return Outcome(status, *capfd.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
+    """The first thousand characters or so of the embedded text."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text((small.parent / "sample.txt").read_text(encoding="utf-8")[:1200], encoding="utf-8")
+    return file
