@@ -228,7 +228,7 @@ def _outside_blocks(model: nn.Module) -> dict[str, str]:
 
 
 def _dense_on_cpu(model: nn.Module, device_map: Any) -> dict[str, str]:
-    """Keep what a device map sends to the CPU or the disk in fp32, with inputs and outputs cast on the way."""
+    """Keep what a device map sends to the CPU or the disk in fp32, with inputs cast on the way."""
     if not isinstance(device_map, dict) or set(map(str, device_map.values())) == {"cpu"}:
         return {}
     places = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
@@ -237,7 +237,7 @@ def _dense_on_cpu(model: nn.Module, device_map: Any) -> dict[str, str]:
         if isinstance(module, nn.Linear) and _below(name, places):
             keep[name] = "on the CPU, where llm_int8_enable_fp32_cpu_offload keeps fp32"
             module.to(torch.float32)
-            module.register_forward_pre_hook(_to_fp32)
+            module.register_forward_pre_hook(_to_weight_dtype)
     return keep
 
 
@@ -245,7 +245,9 @@ def _below(name: str, places: Iterable[str]) -> bool:
     return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
-def _to_fp32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs)
+def _to_weight_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Cast a linear layer's input: to fp32, or to what a tied weight has that lives elsewhere."""
+    dtype = module.weight.dtype
+    return tuple(value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs)
 
 
