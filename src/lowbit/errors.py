@@ -28,7 +28,11 @@ class FormatError(LowbitError, ValueError):
 
     def _compose(self) -> str:
         where = " of ".join(part for part in (self.tensor, self.file) if part)
-        details = [f"{label} {value}" for label, value in (("found", self.found), ("expected", self.expected)) if value is not None]
+        details = [
+            f"{label} {value}"
+            for label, value in (("found", self.found), ("expected", self.expected))
+            if value is not None
+        ]
         text = f"{where}: {self.message}" if where else self.message
         return f"{text} ({', '.join(details)})" if details else text
 

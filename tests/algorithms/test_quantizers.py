@@ -10,7 +10,13 @@ from lowbit.algorithms.rtn import from_groups, to_groups
 from lowbit.core import Grouping, IntCode, QuantSpec, Scale, Zero
 from lowbit.errors import PlanError
 
-GROUPINGS = [Grouping.per_tensor(), Grouping.per_channel(), Grouping.groups(16), Grouping(8, 16), Grouping.flat_blocks(24)]
+GROUPINGS = [
+    Grouping.per_tensor(),
+    Grouping.per_channel(),
+    Grouping.groups(16),
+    Grouping(8, 16),
+    Grouping.flat_blocks(24),
+]
 
 
 @given(st.sampled_from(GROUPINGS), st.integers(1, 20), st.integers(1, 40))
@@ -25,7 +31,9 @@ def test_groups_are_laid_out_and_back(grouping: Grouping, rows: int, cols: int) 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
 @pytest.mark.parametrize("kind", ["integer", "float", "additive", None])
-def test_every_integer_spec_is_within_half_a_step(bits: int, signed: bool, grouping: Grouping, kind: str | None) -> None:
+def test_every_integer_spec_is_within_half_a_step(
+    bits: int, signed: bool, grouping: Grouping, kind: str | None
+) -> None:
     if kind == "integer" and (signed or grouping.flat):
         pytest.skip("formats store integer zero points beside unsigned codes in rows")
     if kind is None and (bits == 1 or not signed):
@@ -35,7 +43,9 @@ def test_every_integer_spec_is_within_half_a_step(bits: int, signed: bool, group
     )
     weight = torch.randn(24, 48)
     tensor = RoundToNearest().quantize(weight, spec)
-    steps = from_groups(tensor.tensors["scales"].unsqueeze(-1).expand_as(to_groups(weight, grouping)), grouping, (24, 48))
+    steps = from_groups(
+        tensor.tensors["scales"].unsqueeze(-1).expand_as(to_groups(weight, grouping)), grouping, (24, 48)
+    )
     # An integer zero point shifts the range by up to half a step, which costs another half at its ends.
     allowed = 0.5 if kind in ("float", "additive") else 1.0
     assert ((tensor.dequantize() - weight).abs() <= steps * allowed * (1 + 1e-5)).all()
@@ -61,7 +71,9 @@ def test_what_is_not_finite_is_refused(spec: QuantSpec, bad: float) -> None:
         quantize(weight, spec)
 
 
-@pytest.mark.parametrize("spec", [integer_spec(4, 32), table_spec("nf4"), table_spec("fp4", nested=True), int8_spec()], ids=str)
+@pytest.mark.parametrize(
+    "spec", [integer_spec(4, 32), table_spec("nf4"), table_spec("fp4", nested=True), int8_spec()], ids=str
+)
 def test_zeros_stay_zeros(spec: QuantSpec) -> None:
     assert (quantize(torch.zeros(32, 64), spec).dequantize() == 0).all()
 
@@ -93,4 +105,7 @@ def test_no_algorithm_says_what_was_tried() -> None:
 
 
 def test_dense_model_specs_keep_their_dtype() -> None:
-    assert quantize(torch.randn(8, 64), table_spec("nf4", dtype=torch.float16)).dequantize(torch.float16).dtype is torch.float16
+    assert (
+        quantize(torch.randn(8, 64), table_spec("nf4", dtype=torch.float16)).dequantize(torch.float16).dtype
+        is torch.float16
+    )

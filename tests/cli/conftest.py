@@ -8,10 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from outcome import Lowbit, Outcome
+import torch
 from transformers.utils import logging
 
 from lowbit.cli import main
+from outcome import Lowbit, Outcome
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads gain nothing on so small a model, and lose much where something else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

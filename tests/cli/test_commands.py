@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from outcome import Lowbit
 
 from lowbit import open_checkpoint, register, unregister
 from lowbit.errors import LowbitError
+from outcome import Lowbit
 
 RTN = ("--method", "rtn")
 METHODS: dict[str, tuple[tuple[str, ...], str, float]] = {

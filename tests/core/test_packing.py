@@ -17,7 +17,11 @@ def bit_by_bit(values: list[int], bits: int) -> list[int]:
     return [sum(bit << position for position, bit in enumerate(stream[i : i + 8])) for i in range(0, len(stream), 8)]
 
 
-@given(st.integers(1, 8).flatmap(lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), min_size=1, max_size=70))))
+@given(
+    st.integers(1, 8).flatmap(
+        lambda b: st.tuples(st.just(b), st.lists(st.integers(0, 2**b - 1), min_size=1, max_size=70))
+    )
+)
 def test_pack_is_a_dense_stream_with_the_lowest_bit_first(case: tuple[int, list[int]]) -> None:
     bits, values = case
     packed = pack(torch.tensor(values), bits)

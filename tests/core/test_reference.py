@@ -26,7 +26,9 @@ def random_tensors(spec: QuantSpec, shape: tuple[int, int] = SHAPE) -> dict[str,
         else:
             tensors[name] = torch.randint(0, 256, size).to(dtype)
     codes = torch.randint(0, 1 << spec.bits, shape)
-    packed = codes.to(torch.uint8) if spec.bits == 8 else pack(codes.reshape(-1) if spec.grouping.flat else codes, spec.bits)
+    packed = (
+        codes.to(torch.uint8) if spec.bits == 8 else pack(codes.reshape(-1) if spec.grouping.flat else codes, spec.bits)
+    )
     tensors["codes"] = packed.view(spec.codes_layout(shape)[1])
     return tensors
 
@@ -85,7 +87,13 @@ def _level(name: str, second: SecondLevel | None, tensors: dict[str, Tensor], gr
     return value + tensors[f"super_{name}_offset"][0] if second.offset else value
 
 
-GROUPINGS = [Grouping.per_tensor(), Grouping.per_channel(), Grouping.groups(8), Grouping.groups(7, permuted=True), Grouping(4, 6)]
+GROUPINGS = [
+    Grouping.per_tensor(),
+    Grouping.per_channel(),
+    Grouping.groups(8),
+    Grouping.groups(7, permuted=True),
+    Grouping(4, 6),
+]
 INTEGERS = [
     QuantSpec(IntCode(bits, signed), Scale(torch.float16), grouping, zero)
     for bits in range(1, 9)
@@ -95,7 +103,12 @@ INTEGERS = [
 ]
 TABLES = [
     QuantSpec(TableCode("nf4"), Scale(torch.float32, second=second), Grouping.flat_blocks(8))
-    for second in (None, SecondLevel("table", 4, offset=True), SecondLevel("integer", 0, bits=6), SecondLevel("float8", 0))
+    for second in (
+        None,
+        SecondLevel("table", 4, offset=True),
+        SecondLevel("integer", 0, bits=6),
+        SecondLevel("float8", 0),
+    )
 ]
 TWO_LEVELS = QuantSpec(
     IntCode(4),
@@ -144,12 +157,16 @@ def test_int8_products_are_exact_at_any_length() -> None:
 def test_int8_linear_keeps_outlier_columns_in_sixteen_bits(dtype: torch.dtype) -> None:
     weight = torch.randn(16, 64)
     absmax = weight.abs().amax(1, keepdim=True)
-    spec = QuantSpec(IntCode(8, signed=True), Scale(torch.float32, 1 / 127), Grouping.per_channel(), None, Activation("int8", 6.0))
+    spec = QuantSpec(
+        IntCode(8, signed=True), Scale(torch.float32, 1 / 127), Grouping.per_channel(), None, Activation("int8", 6.0)
+    )
     tensors = {"codes": (weight / absmax * 127).round().to(torch.int8), "scales": absmax}
     inputs = torch.randn(4, 64)
     inputs[:, 5] = 60
     bias = torch.randn(16)
     exact = inputs @ QuantTensor(spec, tensors, (16, 64)).dequantize().T + bias
     kept = linear(inputs.to(dtype), spec, tensors, (16, 64), bias.to(dtype)).float()
-    crushed = linear(inputs.to(dtype), replace(spec, activation=Activation("int8", 0.0)), tensors, (16, 64), bias.to(dtype))
+    crushed = linear(
+        inputs.to(dtype), replace(spec, activation=Activation("int8", 0.0)), tensors, (16, 64), bias.to(dtype)
+    )
     assert (kept - exact).abs().mean() < (crushed.float() - exact).abs().mean() / 5

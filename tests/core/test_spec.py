@@ -13,7 +13,9 @@ NVFP4 = SecondLevel("float8", 0)
 SPECS = [
     QuantSpec(IntCode(4), Scale(torch.float16), Grouping.groups(128), Zero("integer", 4)),
     QuantSpec(IntCode(3), Scale(torch.bfloat16), Grouping.groups(64, permuted=True), Zero("integer", 3)),
-    QuantSpec(IntCode(8, signed=True), Scale(torch.float32, 1 / 127), Grouping.per_channel(), None, Activation("int8", 6.0)),
+    QuantSpec(
+        IntCode(8, signed=True), Scale(torch.float32, 1 / 127), Grouping.per_channel(), None, Activation("int8", 6.0)
+    ),
     QuantSpec(TableCode("nf4"), Scale(torch.float32, second=NESTED), Grouping.flat_blocks(64), dtype=torch.bfloat16),
     QuantSpec(IntCode(4), Scale(torch.float32, second=K_QUANT), Grouping.groups(32), Zero("additive", second=K_QUANT)),
     QuantSpec(TableCode("fp4"), Scale(torch.float32, second=NVFP4), Grouping.groups(16)),

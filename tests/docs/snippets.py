@@ -41,22 +41,22 @@ def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, except those that show another's output."""
     source = page.read_text(encoding="utf-8")
     found = list(_FENCE.finditer(source))
-    shown: list[Block] = []
-    for position, match in enumerate(found):
-        if match[1] == "text" and position and not source[found[position - 1].end() : match.start()].strip():
-            continue
-        following = found[position + 1] if position + 1 < len(found) else None
-        adjacent = following is not None and following[1] == "text" and not source[match.end() : following.start()].strip()
-        output = following[2] if following is not None and adjacent else None
-        shown.append(Block(match[1], match[2], source.count("\n", 0, match.start(2)) + 1, output))
-    return shown
+    shows: dict[int, str] = {}  # the number of a block -> the output that follows it
+    for number, (block, following) in enumerate(zip(found, found[1:], strict=False)):
+        if following[1] == "text" and not source[block.end() : following.start()].strip():
+            shows[number] = following[2]
+    return [
+        Block(match[1], match[2], source.count("\n", 0, match.start(2)) + 1, shows.get(number))
+        for number, match in enumerate(found)
+        if number - 1 not in shows
+    ]
 
 
 def run_python(page: Path, block: Block, namespace: dict[str, Any]) -> None:
     """Run a block with line numbers of the page, and compare what it prints."""
     code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, namespace)
+        exec(code, namespace)  # noqa: S102  the examples are ours
     if block.output is not None:
         assert printed.getvalue() == block.output, f"{page.name}, line {block.line}"
 
@@ -70,9 +70,8 @@ def run_shell(page: Path, block: Block, folder: Path) -> None:
         "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "OMP_WAIT_POLICY": "PASSIVE",
     }
-    done = subprocess.run(
-        ["bash", "-c", _PRELUDE + script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    command = ["bash", "-c", _PRELUDE + script]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         pytest.fail(f"{page.name}, line {block.line}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
     if block.output is not None:

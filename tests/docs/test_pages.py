@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from snippets import blocks, run_python
 
 from lowbit.algorithms import base
 from lowbit.kernels import registry
 from lowbit.wire import detect
+from snippets import blocks, run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from snippets import blocks, run_python, run_shell
 
 README = Path(__file__).resolve().parents[2] / "README.md"

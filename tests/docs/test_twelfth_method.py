@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from snippets import blocks, run_python
 from transformers.quantizers import auto
 
 import lowbit
 from lowbit.algorithms import RoundToNearest
 from lowbit.nn import QuantLinear
 from lowbit.wire import wires
+from snippets import blocks, run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE = REPOSITORY / "examples" / "twelfth_method.py"

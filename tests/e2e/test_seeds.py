@@ -84,7 +84,9 @@ def test_awq_other_weights_are_fp16_unless_torch_dtype_says_otherwise(saved: dic
 
 
 @pytest.mark.parametrize("spelling", [{"use_flash_attention_2": True}, {"attn_implementation": "flash_attention_2"}])
-def test_awq_with_flash_attention(spelling: dict[str, Any], saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_awq_with_flash_attention(
+    spelling: dict[str, Any], saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
     real = transformers.AutoModelForCausalLM.from_pretrained.__func__
 
@@ -122,7 +124,9 @@ def test_awq_versions_are_kernel_hints(version: str, saved: dict[str, Path], tmp
 
 def test_gptq_quantize_with_a_dataset_of_strings(auto: Any, small: Path, tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(small)
-    dataset = ["auto-gptq is an easy-to-use model quantization library with user-friendly apis, based on GPTQ algorithm."]
+    dataset = [
+        "auto-gptq is an easy-to-use model quantization library with user-friendly apis, based on GPTQ algorithm."
+    ]
     gptq_config = transformers.GPTQConfig(bits=4, dataset=dataset, tokenizer=tokenizer)
     with pytest.warns(UserWarning, match="rounded to nearest and the dataset is not used"):
         quantized_model = auto.from_pretrained(small, device_map="auto", quantization_config=gptq_config)
@@ -212,7 +216,9 @@ def test_bitsandbytes_nf4_and_double_quant(auto: Any, small: Path) -> None:
     nf4_config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     double_quant_config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
     nf4 = auto.from_pretrained(small, quantization_config=nf4_config).model.layers[0].mlp.up_proj.quant_tensor()
-    nested = auto.from_pretrained(small, quantization_config=double_quant_config).model.layers[0].mlp.up_proj.quant_tensor()
+    nested = (
+        auto.from_pretrained(small, quantization_config=double_quant_config).model.layers[0].mlp.up_proj.quant_tensor()
+    )
     assert str(nf4.spec.code) == "nf4"
     assert str(nested.spec.code) == "fp4"
     # 0.4 bits a weight, less what the second table of 1 KiB takes in a layer of 196,608 weights.

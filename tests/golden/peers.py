@@ -338,7 +338,7 @@ _WORKER_ENVIRONMENT = {
 @functools.cache
 def _worker() -> tuple[subprocess.Popen[bytes], BinaryIO]:
     """The process, started on first use (it ends with this one), and the file that has what it says on stderr."""
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
     environment = {**os.environ, **_WORKER_ENVIRONMENT}
     command = [sys.executable, str(Path(__file__).resolve())]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment)
@@ -378,7 +378,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             result = globals()[name](*arguments)
         except ImportError as error:
             result = PeerMissing(f"in the peers' process: {error}")
-        except Exception:  # whatever it is, it belongs to the caller
+        except Exception:  # noqa: BLE001 whatever it is, it belongs to the caller
             result = RuntimeError(f"in the peers' process:\n{traceback.format_exc()}")
         pickle.dump(result, answers)
         answers.flush()
@@ -511,7 +511,7 @@ def bitsandbytes_save(src_dir: str | Path, dst_dir: str | Path, settings: dict[s
 
 
 def bitsandbytes_weights(path: str | Path) -> Tensors:
-    """The weights [out, in] of a bitsandbytes checkpoint as stock Transformers loads it, by bitsandbytes' own reader."""
+    """The weights [out, in] of a bitsandbytes checkpoint that stock Transformers loads, by bitsandbytes' own reader."""
     package_dir("bitsandbytes", "bitsandbytes")
     return _in_worker(_bitsandbytes_weights, str(path))
 

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import make_checkpoints
-import peers
 import pytest
 import torch
 import transformers
 
 import lowbit
+import make_checkpoints
+import peers
 from lowbit.algorithms import RoundToNearest, quantize
 from lowbit.core import linear
 from lowbit.nn import QuantLinear
@@ -171,12 +171,16 @@ def test_bitsandbytes_4bit_blocks_that_straddle_rows(shape: tuple[int, int], blo
 
 
 def dequantize_without_cpu_kernel(packed: torch.Tensor, state: Any, shape: tuple[int, int]) -> torch.Tensor:
-    """bitsandbytes' own torch code. Its CPU kernel (0.50.2) restarts the blocks in every row, which its quantizer and its
-    other devices don't do."""
+    """bitsandbytes' own torch code.
+
+    Its CPU kernel (0.50.2) restarts the blocks in every row, which its quantizer and its other devices don't do.
+    """
     from bitsandbytes.backends.default import ops
 
     if state.nested:
-        absmax = state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()]
+        absmax = (
+            state.state2.code[state.absmax.long()] * state.state2.absmax.repeat_interleave(256)[: state.absmax.numel()]
+        )
         absmax = absmax + state.offset
     else:
         absmax = state.absmax
@@ -284,7 +288,7 @@ def test_checkpoints_of_the_originals_load_with_equal_weights_and_logits(kind: s
 
 
 def assert_same_logits(model: transformers.PreTrainedModel, path: Path) -> None:
-    """bitsandbytes: to the bit. gptqmodel multiplies fp16 weights in another order: 6 times the largest difference seen."""
+    """bitsandbytes: to the bit. gptqmodel multiplies in another order: 6 times the largest difference seen."""
     ids = transformers.AutoTokenizer.from_pretrained(SMALL)(PROMPT, return_tensors="pt").input_ids
     stock = peers.transformers_logits_with_peers(path, ids, str(model.dtype).removeprefix("torch."))
     with torch.no_grad():

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import lowbit
+import tiny
 from lowbit.algorithms import int8_spec, quantize
 from lowbit.core import linear
 from lowbit.nn import QuantLinear
@@ -19,7 +19,9 @@ from lowbit.nn import QuantLinear
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 CONFIGS = {
-    "nf4": lambda: lowbit.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "nf4": lambda: lowbit.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
     "int8": lambda: lowbit.BitsAndBytesConfig(load_in_8bit=True),
     "gptq": lambda: lowbit.GPTQConfig(bits=4),
     "gptq-3": lambda: lowbit.GPTQConfig(bits=3, group_size=64, sym=False),
@@ -31,7 +33,9 @@ IDS = torch.arange(10, 40)[None]
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_model_saved_from_the_gpu_is_the_one_saved_from_the_cpu(method: str, small: Path, tmp_path: Path) -> None:
     load = lowbit.AutoModelForCausalLM.from_pretrained
-    load(small, quantization_config=CONFIGS[method](), dtype=torch.float16, device_map="cpu").save_pretrained(tmp_path / "cpu")
+    load(small, quantization_config=CONFIGS[method](), dtype=torch.float16, device_map="cpu").save_pretrained(
+        tmp_path / "cpu"
+    )
     on_gpu = load(tmp_path / "cpu", dtype=torch.float16, device_map="cuda:0")
     kernels = {module.kernel for module in on_gpu.modules() if isinstance(module, QuantLinear)}
     assert kernels == ({"triton-wna16"} if method in ("gptq", "awq") else {"torch"})
@@ -87,7 +91,9 @@ def test_gpu_cpu_and_disk_together(method: str, tmp_path: Path) -> None:
         difference = (whole(ids).logits - spread(ids).logits).abs().max()
     assert difference < 0.02
     spread.save_pretrained(tmp_path / "again")
-    assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(load_file(tmp_path / "packed" / "model.safetensors"))
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(
+        load_file(tmp_path / "packed" / "model.safetensors")
+    )
 
 
 def test_the_documented_offload_example(tmp_path: Path) -> None:

@@ -47,10 +47,12 @@ print(json.dumps({"peak": max(peak, anonymous()) - before, "footprint": model.ge
 """
 
 CONFIGS = {
-    "nf4": lambda: lowbit.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "nf4": lambda: lowbit.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),
     "int8": lambda: lowbit.BitsAndBytesConfig(load_in_8bit=True),
     "gptq": lambda: lowbit.GPTQConfig(bits=4),
-    "awq": lambda: lowbit.AwqConfig(),
+    "awq": lowbit.AwqConfig,
 }
 
 

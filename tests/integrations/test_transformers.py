@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 import lowbit
+import tiny
 from lowbit.errors import FormatError, PlanError
 from lowbit.nn import QuantLinear
 
@@ -93,7 +93,7 @@ def test_unregister_gives_everything_back() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is not before[0]["gptq"]
     lowbit.unregister()
     lowbit.unregister()
-    assert (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING) == before
+    assert before == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
 
 
 def test_the_auto_classes_take_nothing_over(tmp_path: Path) -> None:
@@ -168,7 +168,9 @@ def test_dequantize_an_offloaded_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_copy_pickle_and_move(method: str, tmp_path: Path) -> None:
     tiny.save("llama", tmp_path)
-    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CONFIGS[method](), dtype=torch.float32)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=CONFIGS[method](), dtype=torch.float32
+    )
     outputs = tiny.logits(model, "llama")
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
         assert torch.equal(tiny.logits(other, "llama"), outputs)
@@ -177,7 +179,9 @@ def test_copy_pickle_and_move(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_the_memory_footprint_is_what_is_held(method: str, tmp_path: Path) -> None:
     tiny.save("llama", tmp_path)
-    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CONFIGS[method](), dtype=torch.float32)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=CONFIGS[method](), dtype=torch.float32
+    )
     storages = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -189,7 +193,9 @@ def test_the_memory_footprint_is_what_is_held(method: str, tmp_path: Path) -> No
 
 def test_generation_with_a_static_cache_compiles(small: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(small)
-    model = lowbit.AutoModelForCausalLM.from_pretrained(small, quantization_config=CONFIGS["nf4"](), dtype=torch.float32)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(
+        small, quantization_config=CONFIGS["nf4"](), dtype=torch.float32
+    )
     ids = tokenizer("The city of London is", return_tensors="pt")
     plain = model.generate(**ids, max_new_tokens=6, do_sample=False)
     static = model.generate(**ids, max_new_tokens=6, do_sample=False, cache_implementation="static")
@@ -197,7 +203,9 @@ def test_generation_with_a_static_cache_compiles(small: Path) -> None:
 
 
 def test_compiles_as_one_graph(small: Path) -> None:
-    model = lowbit.AutoModelForCausalLM.from_pretrained(small, quantization_config=CONFIGS["gptq"](), dtype=torch.float32)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(
+        small, quantization_config=CONFIGS["gptq"](), dtype=torch.float32
+    )
     ids = torch.arange(20)[None]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -250,7 +258,7 @@ def test_modules_that_a_model_keeps_in_fp32_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("requested", [
     lambda: lowbit.GPTQConfig(bits=8),
     lambda: lowbit.GPTQConfig(bits=4, group_size=64),
-    lambda: lowbit.AwqConfig(),
+    lowbit.AwqConfig,
     lambda: lowbit.BitsAndBytesConfig(load_in_4bit=True),
 ])  # fmt: skip
 def test_a_config_that_contradicts_the_stored_one_is_an_error(requested: Any, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ MODELS = {
     ),
     "opt": (
         "AutoModelForCausalLM",
-        lambda: t.OPTForCausalLM(t.OPTConfig(ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=64, **_SIZES)),
+        lambda: t.OPTForCausalLM(
+            t.OPTConfig(ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=64, **_SIZES)
+        ),
     ),
     "bloom": (
         "AutoModelForCausalLM",
@@ -27,7 +29,9 @@ MODELS = {
     "t5": (
         "AutoModelForSeq2SeqLM",
         lambda: t.T5ForConditionalGeneration(
-            t.T5Config(d_model=64, d_ff=128, num_layers=2, num_heads=2, d_kv=32, vocab_size=128, decoder_start_token_id=0)
+            t.T5Config(
+                d_model=64, d_ff=128, num_layers=2, num_heads=2, d_kv=32, vocab_size=128, decoder_start_token_id=0
+            )
         ),
     ),
     "mixtral": (
@@ -40,7 +44,12 @@ MODELS = {
         "AutoModelForImageClassification",
         lambda: t.ViTForImageClassification(
             t.ViTConfig(
-                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=8,
             )
         ),
     ),

@@ -24,7 +24,9 @@ def test_operators_are_well_formed(spec: QuantSpec) -> None:
     torch.library.opcheck(
         torch.ops.lowbit.linear, (inputs, module.packed, module.bias, module.spec_key, module.kernel, 48)
     )
-    torch.library.opcheck(torch.ops.lowbit.dequantize, (module.packed, module.spec_key, module.kernel, 48, 64, torch.float16))
+    torch.library.opcheck(
+        torch.ops.lowbit.dequantize, (module.packed, module.spec_key, module.kernel, 48, 64, torch.float16)
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS[:-1], ids=str)

@@ -39,7 +39,12 @@ class ReversedKernel(TorchKernel):
         return QuantTensor(spec, {"codes": rest.pop("upside_down").flip(0), **rest}, shape)
 
     def apply(
-        self, inputs: Tensor, spec: QuantSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor], bias: Tensor | None
+        self,
+        inputs: Tensor,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
     ) -> Tensor:
         return super().apply(inputs, spec, shape, self.restore(spec, shape, tensors).tensors, bias)
 

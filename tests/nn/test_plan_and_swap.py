@@ -18,7 +18,9 @@ def model() -> nn.Module:
     return nn.ModuleDict(
         {
             "embed": nn.Embedding(10, 64),
-            "layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}) for _ in range(11)]),
+            "layers": nn.ModuleList(
+                [nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}) for _ in range(11)]
+            ),
             "conv": nn.Conv1d(64, 64, 3),
             "head": nn.Linear(64, 10, bias=False),
         }
@@ -114,7 +116,12 @@ def test_fused_experts_embeddings_and_heads_are_not_skipped_in_silence() -> None
 
 def test_both_ends_of_a_tie_stay_dense_whatever_else_is_skipped() -> None:
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, tie_word_embeddings=True
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
     )
     model = transformers.LlamaForCausalLM(config)
     plan = plan_model(model, SPEC, skip=["k_proj"], keep=default_keep(model))

@@ -59,7 +59,7 @@ def nested_map() -> Tensor:
 def table_spec(
     name: str, *, block_size: int = 64, nested: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> QuantSpec:
-    """A 16-entry table (``nf4`` or ``fp4``) with one fp32 absolute maximum per `block_size` weights in row-major order."""
+    """A 16-entry table (``nf4`` or ``fp4``), one fp32 absolute maximum per `block_size` weights in row-major order."""
     second = SecondLevel("table", NESTED_BLOCK, offset=True) if nested else None
     return QuantSpec(
         code=TableCode(name),
@@ -91,7 +91,9 @@ class BlockwiseTable(Algorithm):
         if not bool(torch.isfinite(absmax).all()):
             raise PlanError("the weight holds NaN or infinite values; nothing can be quantized from it")
         order = torch.argsort(values, stable=True)
-        nearest = torch.bucketize(_normalize(flat, absmax, spec.grouping.cols), _midpoints(values[order]), out_int32=True)
+        nearest = torch.bucketize(
+            _normalize(flat, absmax, spec.grouping.cols), _midpoints(values[order]), out_int32=True
+        )
         tensors = {"codes": pack(order[nearest], spec.bits), "table": values, **_store_absmax(absmax, spec)}
         return QuantTensor(spec, tensors, (weight.shape[0], weight.shape[1])).validate()
 

@@ -33,9 +33,9 @@ def integer_spec(
 class RoundToNearest(Algorithm):
     """Spreads each group's range over the integer grid and rounds.
 
-    Asymmetric: from the minimum to the maximum of the group, zero included. Symmetric: scale = absmax / (2**(b-1) - 0.5),
-    so that both ends of the two's complement range are reached; where the spec stores a zero point, it is the middle.
-    A spec without a zero point is always symmetric.
+    Asymmetric: from the minimum to the maximum of the group, zero included. Symmetric: the scale is
+    ``absmax / (2**(b-1) - 0.5)``, so that both ends of the two's complement range are reached; where the spec stores a
+    zero point, it is the middle. A spec without a zero point is always symmetric.
     """
 
     name: ClassVar[str] = "rtn"

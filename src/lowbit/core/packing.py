@@ -1,4 +1,4 @@
-"""Dense bit streams: b-bit integers packed along the last axis, least significant bit first, with no padding between them.
+"""Dense bit streams: b-bit integers along the last axis, least significant bit first, no padding between them.
 
 Read as little-endian 32-bit words this is also the order in which GPTQ packs 2, 3, 4 and 8 bits, so those wires are a
 transpose away from ours.

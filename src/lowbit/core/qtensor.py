@@ -53,7 +53,10 @@ class QuantTensor:
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= groups:
             raise FormatError(
-                "a column's group is out of range", tensor="group_index", found=f"{low}..{high}", expected=f"0..{groups - 1}"
+                "a column's group is out of range",
+                tensor="group_index",
+                found=f"{low}..{high}",
+                expected=f"0..{groups - 1}",
             )
 
     @property

@@ -1,8 +1,8 @@
 """`QuantSpec`: the whole meaning of a stored weight, as frozen, hashable, validated data.
 
-A weight ``W [out, in]`` is described by five choices: how one number is *coded*, how it is *scaled*, what its *zero* is,
-which weights share these (*grouping*), and what happens to *activations* when the weight is used. The arithmetic is in
-:mod:`lowbit.core.reference`, the layout of the tensors in :meth:`QuantSpec.tensors`.
+A weight ``W [out, in]`` is described by five choices: how one number is *coded*, how it is *scaled*, what its *zero*
+is, which weights share these (*grouping*), and what happens to *activations* when the weight is used. The arithmetic
+is in :mod:`lowbit.core.reference`, the layout of the tensors in :meth:`QuantSpec.tensors`.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ Code = IntCode | TableCode
 
 @dataclass(frozen=True)
 class SecondLevel:
-    """How first-level scales (or zeros) are themselves quantized: ``scale[j] = super[j // size] * decode(code[j]) + offset``.
+    """How first-level scales (or zeros) are quantized: ``scale[j] = super[j // size] * decode(code[j]) + offset``.
 
-    ``integer``: unsigned integers of `bits` bits times a super-scale (GGUF K-quants). ``table``: indices into a table of
-    ``2**bits`` values (bitsandbytes' nested quantization). ``float8``: e4m3 numbers (NVFP4).
+    ``integer``: unsigned integers of `bits` bits times a super-scale (GGUF K-quants). ``table``: indices into a table
+    of ``2**bits`` values (bitsandbytes' nested quantization). ``float8``: e4m3 numbers (NVFP4).
 
     Attributes:
         size: first-level scales per super-scale, counted along the order in which they are stored; 0 for all.
@@ -273,7 +273,9 @@ class QuantSpec:
     def __str__(self) -> str:
         parts = [str(self.code), str(self.grouping)]
         parts += [str(self.zero)] if self.zero else []
-        parts += ["nested scales" if self.scale.second.kind == "table" else "two-level scales"] if self.scale.second else []
+        parts += (
+            ["nested scales" if self.scale.second.kind == "table" else "two-level scales"] if self.scale.second else []
+        )
         parts += [str(self.activation)] if self.activation.kind != "none" else []
         return ", ".join(parts)
 

@@ -13,6 +13,7 @@ from lowbit.nn import QuantLinear
 
 
 def is_offloaded(layer: QuantLinear) -> bool:
+    """Whether the layer's weights are elsewhere and are brought when it runs."""
     return any(tensor.device.type == "meta" for tensor in layer.packed)
 
 
@@ -27,7 +28,7 @@ def on_host(layer: QuantLinear) -> Iterator[None]:
 
 
 def hand_over_hooks(old: QuantLinear, new: nn.Module, *, offloaded: bool) -> None:
-    """Let `new`, which takes the place of `old`, run where `old` ran; weights of an offloaded layer stay on the host."""
+    """Let `new`, which takes the place of `old`, run where `old` ran; an offloaded layer's weights stay on the host."""
     hook = _align_hook(getattr(old, "_hf_hook", None))
     if hook is None:
         return

@@ -26,7 +26,9 @@ _library.define(
 )
 
 
-def linear(inputs: Tensor, weight: list[Tensor], bias: Tensor | None, spec: str, kernel: str, out_features: int) -> Tensor:
+def linear(
+    inputs: Tensor, weight: list[Tensor], bias: Tensor | None, spec: str, kernel: str, out_features: int
+) -> Tensor:
     """``inputs @ W.T + bias``; differentiable in `inputs` and `bias`.
 
     Args:
@@ -55,7 +57,9 @@ def _resolve(spec: str, kernel: str) -> tuple[QuantSpec, Any, tuple[str, ...]]:
     return parsed, found, tuple(found.layout(parsed, (1, 1)))
 
 
-def _linear(inputs: Tensor, weight: list[Tensor], bias: Tensor | None, spec: str, kernel: str, out_features: int) -> Tensor:
+def _linear(
+    inputs: Tensor, weight: list[Tensor], bias: Tensor | None, spec: str, kernel: str, out_features: int
+) -> Tensor:
     parsed, found, names = _resolve(spec, kernel)
     tensors = dict(zip(names, weight, strict=True))
     result: Tensor = found.apply(inputs, parsed, (out_features, inputs.shape[-1]), tensors, bias)

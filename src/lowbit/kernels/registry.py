@@ -63,7 +63,12 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def apply(
-        self, inputs: Tensor, spec: QuantSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor], bias: Tensor | None
+        self,
+        inputs: Tensor,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
     ) -> Tensor:
         """``inputs [..., in] @ W.T + bias``, ``[..., out]`` in the dtype of the inputs."""
 

@@ -18,8 +18,9 @@ class QuantLinear(nn.Linear):
     """``inputs @ W.T + bias`` with a packed weight.
 
     It is an ``nn.Linear`` for everyone who asks (PEFT adapts it as it is), but has no ``weight`` parameter: the packed
-    tensors are plain parameters without gradient, named as the kernel's layout names them, so that placement, offloading
-    and `state_dict` work as on any module. Casting the module moves only the bias; codes and scales keep their dtypes.
+    tensors are plain parameters without gradient, named as the kernel's layout names them, so that placement,
+    offloading and `state_dict` work as on any module. Casting the module casts only the bias; codes and scales keep
+    their dtypes.
 
     Args:
         spec: what the weight means.
@@ -90,7 +91,9 @@ class QuantLinear(nn.Linear):
         """The weight in the spec's own layout, whatever the kernel."""
         declared = {name: dtype for name, (_, dtype) in kernel_named(self.kernel).layout(self.spec, self.shape).items()}
         # Training set-ups cast every half-precision parameter to fp32; that loses nothing and is undone here.
-        tensors = {name: tensor.detach().to(declared[name]) for name, tensor in zip(self._names, self.packed, strict=True)}
+        tensors = {
+            name: tensor.detach().to(declared[name]) for name, tensor in zip(self._names, self.packed, strict=True)
+        }
         return kernel_named(self.kernel).restore(self.spec, self.shape, tensors)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -109,7 +112,7 @@ class QuantLinear(nn.Linear):
             self.kernel = name
             self._place(tensors)
 
-    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, inputs: Tensor) -> Tensor:
         dtype = inputs.dtype
         if torch.is_autocast_enabled(inputs.device.type):
             dtype = torch.get_autocast_dtype(inputs.device.type)

@@ -62,16 +62,20 @@ def plan_model(
 def default_keep(model: nn.Module) -> dict[str, str]:
     """The modules of a Transformers model that stay dense unless told otherwise, each with the reason.
 
-    Output heads, what the model's authors keep in fp32, and everything that is tied to another module: quantizing one end
-    of a tie would leave two different weights.
+    Output heads, what the model's authors keep in fp32, and everything that is tied to another module: quantizing one
+    end of a tie would leave two different weights.
     """
     keep: dict[str, str] = {}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for target, source in tied.items():
         keep[source.removesuffix(".weight")] = f"tied to {target.removesuffix('.weight')}"
         keep[target.removesuffix(".weight")] = f"tied to {source.removesuffix('.weight')}"
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    in_fp32 = {*(getattr(model, "_keep_in_fp32_modules", None) or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    in_fp32 = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
     for name, module in model.named_modules():
         if head is not None and module is head:
             keep.setdefault(name, "output head")
@@ -90,8 +94,8 @@ def matches(name: str, patterns: Sequence[str]) -> str | None:
     """The first pattern that a module name matches, or None.
 
     A plain name matches itself, everything below it, and as a suffix at a dot (``lm_head``, ``layers.0``,
-    ``self_attn.q_proj``). ``*`` and ``?`` are wildcards over the whole name. What matches as neither is taken as a regular
-    expression, from the start of the name to a dot or the end.
+    ``self_attn.q_proj``). ``*`` and ``?`` are wildcards over the whole name. What matches as neither is taken as a
+    regular expression, from the start of the name to a dot or the end.
 
     Raises:
         PlanError: an expression is invalid or could take exponential time.

@@ -49,11 +49,13 @@ def swap_linear(
     return layer
 
 
-def quantize_model(model: nn.Module, plan: Plan, quantize: Quantize, *, compute_dtype: torch.dtype | None = None) -> None:
+def quantize_model(
+    model: nn.Module, plan: Plan, quantize: Quantize, *, compute_dtype: torch.dtype | None = None
+) -> None:
     """Quantize the weights of a plan in place, one layer at a time."""
     for name, spec in plan.quantized.items():
         dense = model.get_submodule(name)
-        weight = dense.weight.detach()  # type: ignore[union-attr, operator]
+        weight = dense.weight.detach()  # type: ignore[operator]
         dtype = weight.dtype
         tensor = quantize(weight.T if is_conv1d(dense) else weight, spec)
         swap_linear(model, name, tensor, compute_dtype=compute_dtype, dtype=dtype)

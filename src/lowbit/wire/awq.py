@@ -26,13 +26,28 @@ from torch.nn import functional
 from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero, pack, unpack
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
-from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_layout, require_tensor, require_tensors
+from lowbit.wire.base import (
+    Json,
+    Wire,
+    as_bytes,
+    as_words,
+    field,
+    group_size_of,
+    require_layout,
+    require_tensor,
+    require_tensors,
+)
 
 BITS = 4
 PER_WORD = 8
 LAYOUTS = ("gemm", "gemv", "gemv_fast")
 # exllama, marlin and ipex were names of kernels: their checkpoints are gemm. llm-awq writes gemv_fast.
-_VERSIONS = {name: name for name in LAYOUTS} | {"llm-awq": "gemv_fast", "exllama": "gemm", "marlin": "gemm", "ipex": "gemm"}
+_VERSIONS = {name: name for name in LAYOUTS} | {
+    "llm-awq": "gemv_fast",
+    "exllama": "gemm",
+    "marlin": "gemm",
+    "ipex": "gemm",
+}
 _STRIP = 1 << 20  # weights that are unpacked at a time
 _NIBBLE_TO_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)
 _COLUMN_TO_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -54,6 +69,8 @@ class AwqSettings:
 
 
 class AwqWire(Wire[AwqSettings]):
+    """All three layouts of AWQ."""
+
     name: ClassVar[str] = "awq"
     quant_method: ClassVar[str] = "awq"
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "scaled_zeros")
@@ -169,7 +186,9 @@ def _shape(settings: AwqSettings, qweight: Tensor) -> tuple[int, int]:
     dtype = torch.int16 if settings.layout == "gemv_fast" else torch.int32
     require_tensor("qweight", qweight, dtypes=(dtype,), dims=2)
     rows, cols = qweight.shape
-    return {"gemm": (cols * PER_WORD, rows), "gemv": (rows, cols * PER_WORD), "gemv_fast": (rows * 4, cols)}[settings.layout]
+    return {"gemm": (cols * PER_WORD, rows), "gemv": (rows, cols * PER_WORD), "gemv_fast": (rows * 4, cols)}[
+        settings.layout
+    ]
 
 
 def _padded_words(groups: int, group_size: int) -> int:

@@ -89,11 +89,18 @@ def require_tensors(tensors: Mapping[str, Tensor], names: Sequence[str]) -> None
 
 
 def require_tensor(
-    name: str, tensor: Tensor, *, shape: tuple[int, ...] | None = None, dtypes: Sequence[torch.dtype] = (), dims: int | None = None
+    name: str,
+    tensor: Tensor,
+    *,
+    shape: tuple[int, ...] | None = None,
+    dtypes: Sequence[torch.dtype] = (),
+    dims: int | None = None,
 ) -> None:
     """Raise a FormatError unless the tensor has the shape, one of the dtypes, and the number of dimensions."""
     if dims is not None and tensor.dim() != dims:
-        raise FormatError("wrong number of dimensions", tensor=name, found=list(tensor.shape), expected=f"{dims} dimensions")
+        raise FormatError(
+            "wrong number of dimensions", tensor=name, found=list(tensor.shape), expected=f"{dims} dimensions"
+        )
     if shape is not None and tuple(tensor.shape) != shape:
         raise FormatError("wrong shape", tensor=name, found=list(tensor.shape), expected=list(shape))
     if dtypes and tensor.dtype not in dtypes:
@@ -117,7 +124,9 @@ def field(config: Json, name: str, kind: type, default: Any = None, *, allowed: 
     if value is None and default is None:
         raise FormatError(f"quantization_config lacks '{name}'", found=sorted(map(str, config)), expected=name)
     if type(value) is not kind:
-        raise FormatError(f"quantization_config.{name} has the wrong type", found=repr(value)[:80], expected=kind.__name__)
+        raise FormatError(
+            f"quantization_config.{name} has the wrong type", found=repr(value)[:80], expected=kind.__name__
+        )
     if allowed and value not in allowed:
         raise FormatError(f"quantization_config.{name} is out of range", found=repr(value)[:80], expected=list(allowed))
     return value
@@ -132,7 +141,9 @@ def group_size_of(config: Json, *names: str, default: int = 128) -> int:
     name = next((name for name in names if name in config), names[0])
     size: int = field(config, name, int, default)
     if size != -1 and size <= 0:
-        raise FormatError(f"quantization_config.{name} is out of range", found=size, expected="-1 or a positive integer")
+        raise FormatError(
+            f"quantization_config.{name} is out of range", found=size, expected="-1 or a positive integer"
+        )
     return size
 
 
@@ -144,5 +155,3 @@ def as_words(packed: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
 def as_bytes(words: Tensor) -> Tensor:
     """Read integers of any width as bytes along the last axis."""
     return words.reshape(-1).contiguous().view(torch.uint8).view(*words.shape[:-1], -1)
-
-

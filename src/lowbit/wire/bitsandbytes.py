@@ -59,6 +59,8 @@ class Settings8:
 
 
 class Bitsandbytes4Wire(Wire[Settings4]):
+    """NF4 and FP4, plain or nested."""
+
     name: ClassVar[str] = "bitsandbytes-4bit"
     quant_method: ClassVar[str] = "bitsandbytes"
     suffixes: ClassVar[tuple[str, ...]] = (
@@ -162,6 +164,8 @@ class Bitsandbytes4Wire(Wire[Settings4]):
 
 
 class Bitsandbytes8Wire(Wire[Settings8]):
+    """LLM.int8() rows."""
+
     name: ClassVar[str] = "bitsandbytes-8bit"
     quant_method: ClassVar[str] = "bitsandbytes"
     suffixes: ClassVar[tuple[str, ...]] = ("weight_format", "SCB", "weight")
@@ -174,7 +178,9 @@ class Bitsandbytes8Wire(Wire[Settings8]):
         threshold = config.get("llm_int8_threshold", 6.0)
         if type(threshold) not in (int, float) or not 0 <= threshold < float("inf"):
             raise FormatError(
-                "quantization_config.llm_int8_threshold is out of range", found=repr(threshold)[:80], expected="0 or more"
+                "quantization_config.llm_int8_threshold is out of range",
+                found=repr(threshold)[:80],
+                expected="0 or more",
             )
         return Settings8(float(threshold))
 
@@ -287,7 +293,9 @@ def _read_state(tensors: Mapping[str, Tensor]) -> _State:
     blob = tensors[names[0]]
     require_tensor(names[0], blob, dtypes=(torch.uint8,), dims=1)
     if blob.numel() > _STATE_LIMIT:
-        raise FormatError("the quantization state is too long", tensor=names[0], found=blob.numel(), expected=_STATE_LIMIT)
+        raise FormatError(
+            "the quantization state is too long", tensor=names[0], found=blob.numel(), expected=_STATE_LIMIT
+        )
     try:
         data = json.loads(bytes(blob.tolist()).decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -51,6 +51,8 @@ class GptqSettings:
 
 
 class GptqWire(Wire[GptqSettings]):
+    """Both versions of GPTQ."""
+
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
@@ -119,7 +121,7 @@ class GptqWire(Wire[GptqSettings]):
     def write(self, settings: GptqSettings, tensor: QuantTensor) -> dict[str, Tensor]:
         if reason := self.refusal(settings, tensor.spec, tensor.shape):
             raise FormatError(f"GPTQ can't spell this weight: {reason}", found=tensor.spec)
-        (out_features, in_features), own = tensor.shape, tensor.tensors
+        in_features, own = tensor.shape[1], tensor.tensors
         groups = tensor.spec.grouping.counts(tensor.shape)[1]
         zeros = unpack(own["zeros"], settings.bits, groups).t()
         borrows = settings.borrows and settings.bits != 3
@@ -167,10 +169,14 @@ class GptqWire(Wire[GptqSettings]):
         if torch.equal(g_idx, plain):
             return None
         if settings.group_size == -1:
-            raise FormatError("group_size -1 has one group", tensor="g_idx", found=f"up to {int(g_idx.max())}", expected=0)
+            raise FormatError(
+                "group_size -1 has one group", tensor="g_idx", found=f"up to {int(g_idx.max())}", expected=0
+            )
         low, high, groups = int(g_idx.min()), int(g_idx.max()), spec.grouping.counts(shape)[1]
         if low < 0 or high >= groups:
-            raise FormatError("a column's group is out of range", tensor="g_idx", found=f"{low}..{high}", expected=f"0..{groups - 1}")
+            raise FormatError(
+                "a column's group is out of range", tensor="g_idx", found=f"{low}..{high}", expected=f"0..{groups - 1}"
+            )
         return g_idx.to(torch.int32)
 
     def _read_zeros(self, settings: GptqSettings, qzeros: Tensor, out_features: int) -> Tensor:

@@ -56,7 +56,9 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
     if found is None:
         found = sidecar_config(folder)
     if found is not None and not isinstance(found, dict):
-        raise FormatError("quantization_config is not an object", file=str(folder / "config.json"), found=repr(found)[:80])
+        raise FormatError(
+            "quantization_config is not an object", file=str(folder / "config.json"), found=repr(found)[:80]
+        )
     return found
 
 
@@ -140,7 +142,7 @@ class CheckpointFiles:
         return {name: self._shard_path(shard) for name, shard in weight_map.items()}
 
     def _shard_path(self, shard: str) -> Path:
-        """Refuses paths that leave the folder by name; links inside it are the user's own (hub caches are made of them)."""
+        """Refuses names that leave the folder; links inside it are the user's own (hub caches are made of them)."""
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise FormatError("a shard's name leaves the folder", file=str(self.folder / INDEX), found=shard)
         return self.folder / shard

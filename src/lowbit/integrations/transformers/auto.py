@@ -23,16 +23,16 @@ from lowbit.wire.store import sidecar_config
 
 _METHOD = "lowbit"
 _CONFIG_CLASSES: dict[str, type[Any]] = {"bitsandbytes": BitsAndBytesConfig, "gptq": GPTQConfig, "awq": AwqConfig}
-# Arguments of a quantization config that say how to run or how it was made, not what is stored; a caller may differ from
-# the file in these.
+# Arguments of a quantization config that say how to run or how it was made, not what is stored; a caller may differ
+# from the file in these.
 _NOT_STORED = {"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "kernel_version", "meta"}
 
 
-class _Carried(QuantizationConfigMixin):  # type: ignore[misc]
+class _Carried(QuantizationConfigMixin):
     """A quantization config on its way through Transformers to our quantizer."""
 
     def __init__(self, inner: Any, pre_quantized: bool) -> None:
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment]
         self.inner, self.pre_quantized = inner, pre_quantized
         self.errors: list[LowbitError] = []
 
@@ -96,7 +96,9 @@ def auto_class(name: str) -> type[LowbitAutoModel]:
         AttributeError: Transformers has no such class.
     """
     target = getattr(transformers, name)
-    return type(name, (LowbitAutoModel,), {"_target": target, "__doc__": f"`transformers.{name}`, loading with lowbit."})
+    return type(
+        name, (LowbitAutoModel,), {"_target": target, "__doc__": f"`transformers.{name}`, loading with lowbit."}
+    )
 
 
 def _translate_old_arguments(kwargs: dict[str, Any]) -> None:
@@ -191,7 +193,9 @@ def _check_same(stored: Any, requested: Any) -> None:
         PlanError: names the first difference.
     """
     if str(stored.quant_method) != str(requested.quant_method):
-        raise PlanError(f"the checkpoint is quantized with {stored.quant_method}, and {requested.quant_method} is asked for")
+        raise PlanError(
+            f"the checkpoint is quantized with {stored.quant_method}, and {requested.quant_method} is asked for"
+        )
     given, have = requested.to_dict(), stored.to_dict()
     default = _defaults(requested)
     for name, value in given.items():

@@ -132,7 +132,9 @@ class Inventory:
         path = name.rpartition(".")[0]
         module = self.model.get_submodule(path)
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        return isinstance(module, nn.Linear) and module is not head and not any(part.isdigit() for part in path.split("."))
+        return (
+            isinstance(module, nn.Linear) and module is not head and not any(part.isdigit() for part in path.split("."))
+        )
 
     def _is_own_class(self) -> bool:
         """Whether the model is of the class that was saved."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ANCHOR = "codes"  # the parameter under which the loader collects a weight's tensors
 
 
-class ReadPacked(ConversionOps):  # type: ignore[misc]
+class ReadPacked(ConversionOps):
     """All stored tensors of one weight -> the parameters of its `QuantLinear`."""
 
     supports_many_to_many = True
@@ -31,9 +31,11 @@ class ReadPacked(ConversionOps):  # type: ignore[misc]
         self.suffixes = suffixes
 
     def __deepcopy__(self, memo: Any) -> ReadPacked:
-        return self  # The loader copies the op once per weight, and the quantizer with it; neither holds state per weight.
+        return (
+            self  # The loader copies the op once per weight, and the quantizer with it; neither holds state per weight.
+        )
 
-    def convert(  # noqa: D102
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, missing_keys: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         name = full_layer_name.removesuffix(f".{_ANCHOR}")
@@ -45,14 +47,16 @@ class ReadPacked(ConversionOps):  # type: ignore[misc]
         try:
             tensor = recipe.wire.read(recipe.settings, tensors)
             if tensor.shape != layer.shape:
-                raise FormatError("the weight is not the module's", found=list(tensor.shape), expected=list(layer.shape))
+                raise FormatError(
+                    "the weight is not the module's", found=list(tensor.shape), expected=list(layer.shape)
+                )
         except FormatError as error:
             raise self.hf_quantizer.note(error.inside(name)) from error
         layer.allocate(tensor.spec)
         return _place(layer, name, tensor, missing_keys)
 
 
-class QuantizeDense(ConversionOps):  # type: ignore[misc]
+class QuantizeDense(ConversionOps):
     """One dense weight -> a `QuantLinear` in its module's place."""
 
     def __init__(self, hf_quantizer: LowbitQuantizer) -> None:
@@ -61,7 +65,7 @@ class QuantizeDense(ConversionOps):  # type: ignore[misc]
     def __deepcopy__(self, memo: Any) -> QuantizeDense:
         return self
 
-    def convert(  # noqa: D102
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: nn.Module, missing_keys: Any = None, **_: Any
     ) -> dict[str, Tensor]:
         name = full_layer_name.removesuffix(".weight")

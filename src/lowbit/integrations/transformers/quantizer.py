@@ -25,7 +25,7 @@ from lowbit.nn.swap import dense_linear
 TESTED = ("5.17", "6")
 
 
-class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class LowbitQuantizer(HfQuantizer):
     """Loads quantized checkpoints, quantizes on the fly, saves in the checkpoint's own format."""
 
     requires_calibration = False
@@ -43,7 +43,9 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not version.parse(TESTED[0]) <= version.parse(transformers_version) < version.parse(TESTED[1]):
-            raise PlanError(f"lowbit works with Transformers {TESTED[0]} up to {TESTED[1]}, and this is {transformers_version}")
+            raise PlanError(
+                f"lowbit works with Transformers {TESTED[0]} up to {TESTED[1]}, and this is {transformers_version}"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """bitsandbytes models have always gone to the GPU when nothing else was said."""
@@ -68,7 +70,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
             self._plan_dense(model, device_map, dtype or torch.get_default_dtype())
 
     def _plan_packed(self, model: Any, dtype: torch.dtype, checkpoint_files: list[str] | None) -> None:
-        """Make a packed layer of every module whose packed weight is in the files, and check that nothing is missing."""
+        """Make a packed layer of every module whose weight is packed in the files; check that nothing is missing."""
         inventory = Inventory(model, self.recipe.wire, checkpoint_files)
         inventory.check_complete()
         for name in inventory.packed:
@@ -97,7 +99,7 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
         )
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        module, _, parameter = param_name.rpartition(".")
+        module, parameter = param_name.rpartition(".")[::2]
         if not self.pre_quantized:
             return parameter == "weight" and self.plan is not None and module in self.plan.quantized
         # What is read decides a packed tensor's shape, not what the config alone let us expect.
@@ -140,7 +142,8 @@ class LowbitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _describe_in_config(self) -> None:
         """Name every linear that stayed dense where its readers look for it, and drop what can't be stored."""
-        config, plan = self.quantization_config, self.plan
+        config: Any = self.quantization_config
+        plan = self.plan
         if not isinstance(getattr(config, "tokenizer", None), str | None):
             config.tokenizer = None
         if isinstance(getattr(config, "dataset", None), list):
@@ -212,7 +215,16 @@ def _quant_layers(model: nn.Module) -> Iterator[QuantLinear]:
 
 def _default_reason(kept: Kept) -> bool:
     """Whether any reader leaves this weight dense without being told."""
-    defaults = ("embedding", "tied to", "output head", "last module", "outside", "the model keeps", "fused", "a parameter of")
+    defaults = (
+        "embedding",
+        "tied to",
+        "output head",
+        "last module",
+        "outside",
+        "the model keeps",
+        "fused",
+        "a parameter of",
+    )
     return kept.reason.startswith(defaults) or kept.reason.endswith("is not a linear layer")
 
 
@@ -247,7 +259,7 @@ def _below(name: str, places: Iterable[str]) -> bool:
 
 def _to_weight_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Cast a linear layer's input: to fp32, or to what a tied weight has that lives elsewhere."""
-    dtype = module.weight.dtype
-    return tuple(value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs)
-
-
+    dtype = next(module.parameters()).dtype
+    return tuple(
+        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+    )

@@ -35,7 +35,12 @@ class TorchKernel(Kernel):
         return QuantTensor(spec, dict(tensors), shape)
 
     def apply(
-        self, inputs: Tensor, spec: QuantSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor], bias: Tensor | None
+        self,
+        inputs: Tensor,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
     ) -> Tensor:
         return reference.linear(inputs, spec, tensors, shape, bias)
 
