@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -42,7 +43,7 @@ def blocks(page: Path) -> list[Block]:
     source = page.read_text(encoding="utf-8")
     found = list(_FENCE.finditer(source))
     shows: dict[int, str] = {}  # the number of a block -> the output that follows it
-    for number, (block, following) in enumerate(zip(found, found[1:], strict=False)):
+    for number, (block, following) in enumerate(itertools.pairwise(found)):
         if following[1] == "text" and not source[block.end() : following.start()].strip():
             shows[number] = following[2]
     return [
@@ -71,7 +72,9 @@ def run_shell(page: Path, block: Block, folder: Path) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     command = ["bash", "-c", _PRELUDE + script]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     if done.returncode:
         pytest.fail(f"{page.name}, line {block.line}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
     if block.output is not None:
