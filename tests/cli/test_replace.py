@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -80,14 +79,14 @@ def test_an_error_leaves_nothing_new(tmp_path: Path) -> None:
 def test_the_old_one_comes_back_when_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, rename = _checkpoint(tmp_path / "target"), os.rename
+    target, rename = _checkpoint(tmp_path / "target"), Path.rename
 
-    def no_second_rename(source: Path, destination: Path) -> None:
+    def no_second_rename(source: Path, destination: Path) -> Path:
         if ".partial-" in source.name:
             raise PermissionError("no")
-        rename(source, destination)
+        return rename(source, destination)
 
-    monkeypatch.setattr(os, "rename", no_second_rename)
+    monkeypatch.setattr(Path, "rename", no_second_rename)
     with pytest.raises(PermissionError), replaced(target):
         pass
     assert _names(tmp_path) == ["target"]

@@ -25,7 +25,7 @@ class Generated:
     tokens_per_second: float
 
 
-class _Clock(BaseStreamer):  # type: ignore[misc]
+class _Clock(BaseStreamer):
     """Notes when `generate` hands out each token; the first call brings the prompt."""
 
     def __init__(self) -> None:

@@ -44,7 +44,7 @@ def measure(max_windows: int | None) -> tuple[list[Row], int]:
     windows = demo_windows(tokenizer, max_windows)
     rows: list[Row] = []
     with console.progress(METHODS[0].name, len(windows) * len(METHODS)) as advance:
-        for row in run_demo(windows, tokenizer, on_windows=advance):
+        for row in run_demo(windows, tokenizer, METHODS, advance):
             rows.append(row)
             advance(description=METHODS[min(len(rows), len(METHODS) - 1)].name)
     return rows, windows.numel() - len(windows)

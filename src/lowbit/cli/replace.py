@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -51,12 +50,12 @@ def replaced(target: Path) -> Iterator[Path]:
     try:
         yield partial
         if target.exists():
-            os.rename(target, old)
+            target.rename(old)
         try:
-            os.rename(partial, target)
+            partial.rename(target)
         except BaseException:
             if old.exists():
-                os.rename(old, target)
+                old.rename(target)
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

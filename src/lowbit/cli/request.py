@@ -91,7 +91,7 @@ class Request:
         form = self.format or Format.gptq
         _refuse(form is Format.bitsandbytes, "bitsandbytes' format holds nf4, fp4 and int8; write rtn as gptq or awq")
         _refuse(self.double_quant, "--double-quant is for nf4 and fp4, not for rtn")
-        bits, allowed = self.bits or 4, _BITS_OF_FORMAT[form]
+        bits, allowed = 4 if self.bits is None else self.bits, _BITS_OF_FORMAT[form]
         _refuse(bits not in allowed, f"{form.value} has {' or '.join(map(str, allowed))} bits, not {bits}")
         size = 128 if self.group_size is None else self.group_size
         _refuse(size != -1 and size < 1, f"a group has at least 1 weight, or -1 stands for whole rows; not {size}")
