@@ -126,6 +126,20 @@ def test_eval(lowbit: Lowbit, small: Path, tmp_path: Path, text: Path) -> None:
     assert "189 predicted, 3 windows of 64" in shown.out
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["rtn", "nf4", "int8"])
+def test_on_a_gpu(lowbit: Lowbit, small: Path, tmp_path: Path, text: Path, name: str) -> None:
+    measure = ("--text", text, "--seq-len", 64, "--json")
+    reports = {}
+    for device in ("cpu", "cuda"):
+        target = tmp_path / device
+        assert lowbit("quantize", small, target, *METHODS[name][0], "--device", device).status == 0
+        reports[device] = lowbit("eval", target, *measure, "--device", device).json
+    assert reports["cuda"] == {**reports["cpu"], "perplexity": pytest.approx(reports["cpu"]["perplexity"], rel=0.01)}
+    default = lowbit("eval", tmp_path / "cuda", *measure).json
+    assert default["perplexity"] == pytest.approx(reports["cuda"]["perplexity"], rel=1e-3)
+
+
 def test_json_is_all_there_is(lowbit: Lowbit, small: Path, text: Path) -> None:
     outcome = lowbit("eval", small, "--text", text, "--seq-len", 64, "--max-windows", 1, "--json")
     assert outcome.err == ""

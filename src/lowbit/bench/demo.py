@@ -121,7 +121,7 @@ def _measure(
     method: Method, folder: Path, windows: Tensor, tokenizer: Any, baseline: float | None, on_windows: Progress | None
 ) -> Row:
     saved = _quantize(method, folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=_DTYPE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=_DTYPE, device_map="cpu")
     measured = perplexity(model, windows, batch_size=_BATCH, on_windows=on_windows).value
     generated = generate(model, tokenizer, PROMPT, NEW_TOKENS)
     bits = bits_per_weight(model)

@@ -33,12 +33,16 @@ def print_json(data: dict[str, Any]) -> None:
 
 
 def silence(bars: bool) -> None:
-    """Keep Transformers' remarks off the screen, and with `bars` its progress bars and all warnings too."""
+    """Keep Transformers' remarks off the screen, and with `bars` its progress bars and all warnings too.
+
+    Bars are for terminals in any case.
+    """
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    if bars:
+    if bars or not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if bars:
         warnings.filterwarnings("ignore")
 
 

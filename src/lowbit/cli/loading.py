@@ -85,7 +85,8 @@ def device_map(device: str | None) -> Any:
     if device == "auto":
         return "auto"
     if device is None:
-        return {"": torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"}
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return {"": "cpu" if found is None else _indexed(found)}
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
