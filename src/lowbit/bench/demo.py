@@ -25,10 +25,9 @@ from lowbit.integrations.transformers.quantizer import LowbitQuantizer
 
 MODEL = small_model()
 PROMPT = "The town lies on the river and"
-NEW_TOKENS = 20
+NEW_TOKENS = 16
 # The model's own dtype is only how it is stored: what is measured should be the quantization and nothing else.
 _DTYPE = torch.float32
-_BATCH = 8
 
 Progress = Callable[[int], object]
 
@@ -122,7 +121,7 @@ def _measure(
 ) -> Row:
     saved = _quantize(method, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=_DTYPE, device_map="cpu")
-    measured = perplexity(model, windows, batch_size=_BATCH, on_windows=on_windows).value
+    measured = perplexity(model, windows, on_windows=on_windows).value
     generated = generate(model, tokenizer, PROMPT, NEW_TOKENS)
     bits = bits_per_weight(model)
     return Row(

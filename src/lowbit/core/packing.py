@@ -61,8 +61,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed
     if 8 % bits == 0:
-        fields = packed.unsqueeze(-1) >> _steps(8 // bits, bits, packed.device).to(torch.uint8)
-        return (fields & ((1 << bits) - 1)).flatten(-2)[..., :count]
+        fields = [packed >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return torch.stack(fields, dim=-1).flatten(-2)[..., :count]
     words = _pad(packed, bits).unflatten(-1, (-1, bits)).to(torch.int64)
     joined = (words << _steps(bits, 8, words.device)).sum(-1)
     fields = (joined.unsqueeze(-1) >> _steps(_CHUNK, bits, words.device)) & ((1 << bits) - 1)
