@@ -49,11 +49,12 @@ def test_a_model_saved_from_the_gpu_is_the_one_saved_from_the_cpu(method: str, s
 
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_logits_agree_with_the_cpu(method: str, dtype: torch.dtype, small: Path) -> None:
+def test_logits_agree_with_the_cpu(method: str, dtype: torch.dtype, small: Path, tmp_path: Path) -> None:
     load = lowbit.AutoModelForCausalLM.from_pretrained
-    reference = load(small, quantization_config=CONFIGS[method](), dtype=torch.float32, device_map="cpu")
-    moved = load(small, quantization_config=CONFIGS[method](), dtype=dtype, device_map="cpu").to("cuda:0")
-    placed = load(small, quantization_config=CONFIGS[method](), dtype=dtype, device_map="cuda:0")
+    load(small, quantization_config=CONFIGS[method](), dtype=dtype, device_map="cpu").save_pretrained(tmp_path)
+    reference = load(tmp_path, dtype=torch.float32, device_map="cpu")
+    moved = load(tmp_path, dtype=dtype, device_map="cpu").to("cuda:0")
+    placed = load(tmp_path, dtype=dtype, device_map="cuda:0")
     with torch.no_grad():
         exact, one, two = reference(IDS).logits, moved(IDS.cuda()).logits, placed(IDS.cuda()).logits
     assert torch.equal(one, two)

@@ -121,12 +121,30 @@ def _int8_linear(
     scales = tensors["scales"].reshape(1, -1).float()
     outputs = products * (absmax.unsqueeze(-1) * scales) * _INT8_PRODUCT_SCALE
     outputs = (outputs if bias is None else outputs + bias).to(inputs.dtype)
-    outliers = columns.nonzero().squeeze(1)
-    if outliers.numel():
-        narrow = {"codes": tensors["codes"][:, outliers], "scales": tensors["scales"]}
-        weight = dequantize(spec, narrow, (shape[0], outliers.numel()), inputs.dtype)
-        outputs = torch.addmm(outputs, rows[:, outliers], weight.t())
+    if spec.activation.threshold > 0:
+        outputs = _add_outliers(outputs, rows, columns, spec, tensors, shape)
     return outputs.reshape(*inputs.shape[:-1], shape[0])
+
+
+def _add_outliers(
+    outputs: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    spec: QuantSpec,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+) -> Tensor:
+    """Add the products of the outlier columns, in the inputs' dtype."""
+    if columns.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph can't ask which columns there will be: all take part, those that are none with zeros.
+        weight = dequantize(spec, tensors, shape, rows.dtype)
+        return torch.addmm(outputs, rows.masked_fill(~columns, 0), weight.t())
+    outliers = columns.nonzero().squeeze(1)
+    if not outliers.numel():
+        return outputs
+    narrow = {"codes": tensors["codes"][:, outliers], "scales": tensors["scales"]}
+    weight = dequantize(spec, narrow, (shape[0], outliers.numel()), rows.dtype)
+    return torch.addmm(outputs, rows[:, outliers], weight.t())
 
 
 def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
