@@ -47,4 +47,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_index_lists_every_page() -> None:
     index = (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8")
     linked = {(REPOSITORY / "docs" / link).resolve() for link in _LINK.findall(index)}
-    assert {page for page in PAGES if page.name != "README.md"} <= linked
+    # Kernels have a folder for their pages, which the index names as a whole.
+    assert {page for page in PAGES if page.name != "README.md" and page.parent.name != "kernels"} <= linked
