@@ -58,7 +58,7 @@ SHAPES = [
 ]
 # Mean and standard deviation of ||y - r|| / ||r||, r from the reference in fp64, over SHAPES, batches 1 to 16 and 50
 # seeds each, as `python tests/kernels/test_wna16.py` measures them; the larger of interpreter and H200.
-MEASURED = {torch.float16: (2.2e-4, 3.6e-5), torch.bfloat16: (1.8e-3, 3.0e-4), torch.float32: (1.6e-7, 7.5e-8)}
+MEASURED = {torch.float16: (2.4e-4, 5.0e-5), torch.bfloat16: (1.9e-3, 4.0e-4), torch.float32: (1.6e-7, 7.5e-8)}
 TOLERANCE = {dtype: mean + 8 * sigma for dtype, (mean, sigma) in MEASURED.items()}
 
 CONFIGS = [
@@ -102,7 +102,8 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     """A small cut of the program, in place of the table's."""
     chosen: Config = getattr(request, "param", CONFIGS[0])
     monkeypatch.setattr(wna16, "_configure", lambda device, rows, shape: chosen)
-    monkeypatch.setattr(wna16, "_launches", {})
+    wna16._cut.cache_clear()
+    monkeypatch.setattr(wna16, "_cut", wna16._cut.__wrapped__)
     return chosen
 
 

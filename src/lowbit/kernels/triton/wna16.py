@@ -27,7 +27,7 @@ from lowbit.core.spec import IntCode, TensorLayout, Zero
 from lowbit.kernels.registry import Kernel, Problem
 
 BLOCK_ROWS, TILE_COLUMNS, TILE_WORDS = 16, 64, 256  # a tile is 16 rows of 64 columns in 256 words of 4 codes
-_DEQUANTIZE_TILES, _DEQUANTIZE_WARPS = 4, 4
+_DEQUANTIZE_TILES, _GATHERED = 4, 1024  # tiles and columns per program
 _FUSED = (torch.float16, torch.bfloat16)
 _DENSE = (torch.float16, torch.bfloat16, torch.float32)
 _TABLES, _DEFAULT_TABLE = Path(__file__).parent.parent / "tables", "wna16_nvidia_h200.json"
@@ -140,7 +140,7 @@ class Wna16Kernel(Kernel):
         if columns is not None and len(columns) > 1:
             return functional.linear(inputs, self.dequantize(spec, shape, tensors, inputs.dtype), bias)
         if columns is not None:
-            inputs = inputs.index_select(-1, columns[0])
+            inputs = _gather(inputs, columns)
         rows = inputs.numel() // shape[1]
         if 0 < rows <= _fused_rows(inputs.device) and inputs.dtype in _FUSED:
             return _fused_linear(inputs, rows, shape, spec.grouping.cols, tensors, bias)
@@ -254,16 +254,26 @@ def _configure(device: torch.device, padded_rows: int, shape: tuple[int, int]) -
 
 def _sorted_dense(shape: tuple[int, int], group: int, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The dense weight, its columns in the order in which they are stored."""
-    geometry, codes = _geometry(shape, group), tensors["codes"]
+    geometry, codes, scales, zeros = _geometry(shape, group), tensors["codes"], tensors["scales"], tensors["zeros"]
     direct = dtype if dtype in _DENSE and not _INTERPRETED else torch.float32  # which the interpreter truncates to bf16
     dense = torch.empty(shape, dtype=direct, device=codes.device)
-    grid = (geometry.blocks, -(-geometry.tiles // _DEQUANTIZE_TILES))
-    with _on(codes.device):
-        _programs().dequantize[grid](
-            codes, tensors["scales"], tensors["zeros"], dense, *shape, geometry.tiles, geometry.groups,
-            GROUP=geometry.group, TILES=_DEQUANTIZE_TILES, num_warps=_DEQUANTIZE_WARPS,
-        )  # fmt: skip
+    constants = (*shape, geometry.tiles, geometry.groups, geometry.group, _DEQUANTIZE_TILES)
+    launch = _launch("dequantize", codes.device, (codes, scales, zeros, dense), constants, {"num_warps": 4})
+    launch((geometry.blocks, -(-geometry.tiles // _DEQUANTIZE_TILES), 1), codes, scales, zeros, dense)
     return dense.to(dtype)
+
+
+def _gather(inputs: Tensor, columns: Tensor) -> Tensor:
+    """``inputs[..., columns[0]]``, in a third of the time that torch takes for it."""
+    inputs, in_features = inputs.contiguous(), inputs.shape[-1]
+    outputs = torch.empty_like(inputs)
+    dependent = _is_dependent(inputs.device)
+    options = {"num_warps": 4, "launch_pdl": True} if dependent else {"num_warps": 4}
+    pointers = (inputs, columns, outputs)
+    launch = _launch("gather", inputs.device, pointers, (in_features, dependent, _GATHERED), options)
+    if inputs.numel():
+        launch((inputs.numel() // in_features, -(-in_features // _GATHERED), 1), *pointers)
+    return outputs
 
 
 def _fused_linear(
@@ -271,55 +281,83 @@ def _fused_linear(
 ) -> Tensor:
     inputs = inputs.contiguous()
     device, dtype = inputs.device, inputs.dtype
-    codes, scales, zeros = tensors["codes"], tensors["scales"], tensors["zeros"]
     direct = torch.float32 if _INTERPRETED else dtype
     outputs = torch.empty((*inputs.shape[:-1], shape[0]), dtype=direct, device=device)
-    address = inputs.data_ptr() | codes.data_ptr() | scales.data_ptr() | zeros.data_ptr() | outputs.data_ptr()
-    aligned = (address | (0 if bias is None else bias.data_ptr())) % 16 == 0
+    pointers = (
+        inputs, tensors["codes"], tensors["scales"], tensors["zeros"], inputs if bias is None else bias, outputs,
+    )  # fmt: skip
     padded_rows = 8 if rows <= 8 else 16 if rows <= 16 else _MOST_ROWS
-    key = (device, dtype, padded_rows, shape, group, scales.dtype, bias is None or bias.dtype, aligned)
-    launch = _launches.get(key)
-    if launch is None:
-        launch = _launches[key] = _Launch(device, padded_rows, shape, group, bias is not None)
-    launch((inputs, codes, scales, zeros, inputs if bias is None else bias, outputs), rows)
+    cut = _cut(device, padded_rows, shape, group, bias is not None)
+    launch = _launch("fused_linear", device, pointers, cut.constants, cut.options)
+    launch((cut.programs, -(-rows // padded_rows), 1), *pointers, rows)
     return outputs.to(dtype) if _INTERPRETED else outputs
 
 
+class _Cut(NamedTuple):
+    """A configuration applied to a weight."""
+
+    programs: int
+    constants: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(device: torch.device, padded_rows: int, shape: tuple[int, int], group: int, bias: bool) -> _Cut:
+    config, geometry = _configure(device, padded_rows, shape), _geometry(shape, group)
+    per_turn = config.slices * config.steps
+    turns, even = -(-geometry.tiles // per_turn), shape[1] % (TILE_COLUMNS * per_turn) == 0
+    dependent = _is_dependent(device)
+    constants = (
+        *shape, geometry.tiles, geometry.groups,
+        geometry.group, geometry.pairs, bias, dependent, even, turns, padded_rows, *config[:5],
+    )  # fmt: skip
+    options: dict[str, Any] = {"num_warps": config.slices * config.bands, "num_stages": 1}
+    if device.type == "cuda" and torch.version.cuda is not None:
+        options |= {"maxnreg": config.registers, "launch_pdl": dependent}
+    return _Cut(-(-geometry.blocks // (config.bands * config.fragments)), constants, options)
+
+
+@functools.cache
+def _is_dependent(device: torch.device) -> bool:
+    """Whether a program can be launched while the one before it still runs, and wait for it by itself."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class _Launch:
-    """The fused program for one kind of problem.
+    """A program for arguments that are alike, but for their addresses and one number.
 
     Triton looks at every argument of every call to find the program that was compiled for such arguments. Here they are
     known to be alike, so from the second call on the compiled program is called itself.
     """
 
-    def __init__(self, device: torch.device, padded_rows: int, shape: tuple[int, int], group: int, bias: bool) -> None:
-        config, geometry = _configure(device, padded_rows, shape), _geometry(shape, group)
-        per_turn = config.slices * config.steps
-        turns, even = -(-geometry.tiles // per_turn), shape[1] % (TILE_COLUMNS * per_turn) == 0
-        nvidia = device.type == "cuda" and torch.version.cuda is not None
-        dependent = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
-        self.device, self.rows = device, padded_rows
-        self.programs = -(-geometry.blocks // (config.bands * config.fragments))
-        self.arguments = (
-            *shape, geometry.tiles, geometry.groups,
-            geometry.group, geometry.pairs, bias, dependent, even, turns, padded_rows, *config[:5],
-        )  # fmt: skip
-        self.options: dict[str, Any] = {"num_warps": config.slices * config.bands, "num_stages": 1}
-        if nvidia:
-            self.options |= {"maxnreg": config.registers, "launch_pdl": dependent}
+    def __init__(self, program: Any, device: torch.device, constants: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.program, self.device, self.constants, self.options = program, device, constants, options
         self.compiled: Any = None
 
-    def __call__(self, pointers: tuple[Tensor, ...], rows: int) -> None:
-        grid = (self.programs, -(-rows // self.rows), 1)
+    def __call__(self, grid: tuple[int, int, int], *arguments: Tensor | int) -> None:
         with _on(self.device):
             if self.compiled is None:
-                program = _programs().fused_linear[grid]
-                self.compiled = program(*pointers, rows, *self.arguments, **self.options)  # None from the interpreter
+                # In the interpreter it stays None.
+                self.compiled = self.program[grid](*arguments, *self.constants, **self.options)
             else:
-                self.compiled[grid](*pointers, rows, *self.arguments)
+                self.compiled[grid](*arguments, *self.constants)
 
 
 _launches: dict[tuple[object, ...], _Launch] = {}
+
+
+def _launch(
+    name: str, device: torch.device, pointers: tuple[Tensor, ...], constants: tuple[Any, ...], options: dict[str, Any]
+) -> _Launch:
+    addresses = 0
+    for pointer in pointers:
+        addresses |= pointer.data_ptr()
+    key = (name, device, addresses % 16 == 0, constants, *(pointer.dtype for pointer in pointers))
+    found = _launches.get(key)
+    if found is None:
+        found = _launches[key] = _Launch(getattr(_programs(), name), device, constants, options)
+    return found
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -22,53 +22,55 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.cuda is not None)
 
-# fp16: a code in the lowest bits of 16 is the number code * 2**-24, and in the next four code * 2**-20: subnormal, but
-# exact, and the tensor cores multiply subnormal numbers exactly. So one AND unpacks two weights.
+# A code OR 0x6400 is 1024 + code in fp16, sixteen codes OR 0x6400 is 1024 + 16 * code: two weights per instruction.
 _FP16 = """{{
-    .reg .b32 words;
+    .reg .b32 words, sixteenth;
+    mov.b32 sixteenth, 0x2c002c00;
     shr.u32 words, $2, {shift};
-    and.b32 $0, words, 0x000f000f;
-    and.b32 $1, words, 0x00f000f0;
+    lop3.b32 $0, words, 0x000f000f, 0x64006400, 0xea;
+    lop3.b32 $1, words, 0x00f000f0, 0x64006400, 0xea;
+    sub.f16x2 $0, $0, $3;
+    fma.rn.f16x2 $1, $1, sixteenth, $4;
 }}"""
-# bf16: its least number is too small for that; a code OR 0x4300 is 128 + code.
+# A code OR 0x4300 is 128 + code in bf16, whose seven bits have no room for the second.
 _BF16 = """{{
-    .reg .b32 words, upper;
+    .reg .b32 words, upper, one;
+    mov.b32 one, 0x3f803f80;
     shr.u32 words, $2, {shift};
     shr.u32 upper, $2, {shift} + 4;
     lop3.b32 $0, words, 0x000f000f, 0x43004300, 0xea;
     lop3.b32 $1, upper, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, $0, one, $3;
+    fma.rn.bf16x2 $1, $1, one, $3;
 }}"""
 _FP16_LOW, _FP16_HIGH = tl.constexpr(_FP16.format(shift=0)), tl.constexpr(_FP16.format(shift=8))
 _BF16_LOW, _BF16_HIGH = tl.constexpr(_BF16.format(shift=0)), tl.constexpr(_BF16.format(shift=8))
 
 
 @triton.jit
-def _unpack(words, HIGH: tl.constexpr, DTYPE: tl.constexpr):
-    """The codes 2 * HIGH and 2 * HIGH + 1 of each word as two tensors of DTYPE, up to what `_meaning` says."""
+def _centred(words, zeros, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """The codes 2 * HIGH and 2 * HIGH + 1 of each word, less the zero point, exactly: two tensors of DTYPE."""
     if PTX and tl.float16 == DTYPE:
         return tl.inline_asm_elementwise(
-            _FP16_HIGH if HIGH else _FP16_LOW, constraints="=r,=r,r", args=[words],
-            dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    elif PTX and tl.bfloat16 == DTYPE:  # noqa: RET505 (Triton compiles only the branch that is taken)
+            _FP16_HIGH if HIGH else _FP16_LOW,
+            constraints="=r,=r,r,r,r",
+            args=[words, (zeros | 0x6400).to(tl.int16), ((zeros << 4) | 0xD400).to(tl.int16)],  # 1024 + z, -(64 + z)
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    elif PTX and tl.bfloat16 == DTYPE:  # noqa: RET505 (Triton compiles only the taken branch of an if-elif)
         return tl.inline_asm_elementwise(
-            _BF16_HIGH if HIGH else _BF16_LOW, constraints="=r,=r,r", args=[words],
-            dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
+            _BF16_HIGH if HIGH else _BF16_LOW,
+            constraints="=r,=r,r,r",
+            args=[words, (zeros | 0xC300).to(tl.int16)],  # -(128 + z)
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
     else:
         wide = words.to(tl.int32) >> (8 * HIGH)
-        return (wide & 15).to(DTYPE), ((wide >> 4) & 15).to(DTYPE)
-
-
-@triton.jit
-def _meaning(DTYPE: tl.constexpr):
-    """What the first and the second tensor of `_unpack` must be multiplied with, and what then subtracted."""
-    if PTX and tl.float16 == DTYPE:
-        return 16777216.0, 1048576.0, 0.0
-    elif PTX and tl.bfloat16 == DTYPE:  # noqa: RET505
-        return 1.0, 1.0, 128.0
-    else:
-        return 1.0, 1.0, 0.0
+        return ((wide & 15) - zeros).to(DTYPE), (((wide >> 4) & 15) - zeros).to(DTYPE)
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def _words(codes, turn, tiles, WARPS: tl.constexpr, SLICES: tl.constexpr, FRAGME
             loaded = tl.load(codes + (tile * 256)[:, None, None])
         else:
             loaded = tl.load(codes + (tile * 256)[:, None, None], mask=(tile < tiles)[:, None, None], other=0)
-        loaded = tl.permute(tl.reshape(loaded, (WARPS, FRAGMENTS, 8, 4, 2, 2, 2)), (0, 1, 4, 2, 5, 3, 6))
+        loaded = tl.permute(tl.reshape(loaded, (WARPS, FRAGMENTS, 8, 4, 2, 4)), (0, 1, 4, 2, 3, 5))
         words += (tl.reshape(loaded, (WARPS, 16 * FRAGMENTS, 16)),)
     return words
 
@@ -122,16 +124,7 @@ def _per_word(values):
     """[s, n, t] to [s, n, 16]: the same for the four words of a thread."""
     warps: tl.constexpr = values.shape[0]
     rows: tl.constexpr = values.shape[1]
-    return tl.reshape(tl.broadcast_to(values[:, :, None, :, None], (warps, rows, 2, 4, 2)), (warps, rows, 16))
-
-
-@triton.jit
-def _per_output(values, ROWS: tl.constexpr):
-    """[s, n, t] to [s, n, m]: a thread holds the results of two neighbouring rows of the inputs in every eight."""
-    warps: tl.constexpr = values.shape[0]
-    rows: tl.constexpr = values.shape[1]
-    wide = tl.broadcast_to(values[:, :, None, :, None], (warps, rows, ROWS // 8, 4, 2))
-    return tl.reshape(wide, (warps, rows, ROWS))
+    return tl.reshape(tl.broadcast_to(values[:, :, :, None], (warps, rows, 4, 4)), (warps, rows, 16))
 
 
 @triton.jit
@@ -144,7 +137,7 @@ def _operands(inputs, start, rows, in_features, ROWS: tl.constexpr, WARPS: tl.co
         mask = mask & (column < in_features)[None, :, None, :]
     source = inputs + (row * in_features)[:, None, :, None] + column[None, :, None, :]
     values = tl.permute(tl.load(source, mask=mask, other=0.0), (1, 2, 0, 3))
-    values = tl.permute(tl.reshape(values, (WARPS, ROWS // 8, 8, 4, 2, 2, 2)), (0, 1, 2, 5, 3, 6, 4))
+    values = tl.permute(tl.reshape(values, (WARPS, ROWS // 8, 8, 4, 2, 4)), (0, 1, 2, 3, 5, 4))
     first, second = tl.split(values)  # [s, m // 8, m % 8, t, i]
     first, second = tl.reshape(first, (WARPS, ROWS, 16)), tl.reshape(second, (WARPS, ROWS, 16))
     return tl.permute(first, (0, 2, 1)), tl.permute(second, (0, 2, 1))
@@ -170,15 +163,13 @@ def fused_linear(inputs_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, outputs
         gdc_wait()  # before anything is read: the weight, too, may just have been written
         gdc_launch_dependents()
     first_row = tl.program_id(1) * ROWS
-    inputs, rest = inputs_ptr + first_row * in_features, rows - first_row
+    inputs, left = inputs_ptr + first_row * in_features, rows - first_row
     band = tl.program_id(0) * BANDS + tl.arange(0, WARPS) // SLICES
     blocks = tl.minimum(band[:, None] * FRAGMENTS + tl.arange(0, FRAGMENTS)[None, :], (out_features - 1) // 16)
     codes = codes_ptr + (blocks.to(tl.int64) * tiles * 256)[:, :, None] + tl.arange(0, 256)[None, None, :]
     total = tl.zeros((WARPS, 16 * FRAGMENTS, ROWS), tl.float32)
     if PREFETCH:
         coming = _words(codes, 0, tiles, WARPS, SLICES, FRAGMENTS, STEPS, EVEN)
-    ones = tl.full((WARPS, 16, 16), 1.0, dtype)
-    first_unit, second_unit, offset = _meaning(dtype)
     for turn in tl.range(TURNS):
         # All loads of a turn come before its products, so that many are under way at a time.
         if PREFETCH:
@@ -196,31 +187,25 @@ def fused_linear(inputs_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, outputs
                     zeros += (_per_group(zeros_ptr + index, WARPS, FRAGMENTS),)
         for step in tl.static_range(STEPS):
             column = _tile(turn, step, WARPS, SLICES, STEPS) * 64
-            operands += _operands(inputs, column, rest, in_features, ROWS, WARPS, EVEN)
-            operands += _operands(inputs, column + 32, rest, in_features, ROWS, WARPS, EVEN)
+            operands += _operands(inputs, column, left, in_features, ROWS, WARPS, EVEN)
+            operands += _operands(inputs, column + 32, left, in_features, ROWS, WARPS, EVEN)
         for step in tl.static_range(STEPS):
             for pair in tl.static_range(2):
                 if PAIRS == 0 or (2 * step + pair) % (PAIRS or 1) == 0:
                     scale = scales[(2 * step + pair) // (PAIRS or 1)].to(tl.float32)
-                    zero = zeros[(2 * step + pair) // (PAIRS or 1)].to(tl.float32) + offset
-                    first_sum = tl.zeros((WARPS, 16 * FRAGMENTS, ROWS), tl.float32)
-                    second_sum, input_sum = first_sum, tl.zeros((WARPS, 16, ROWS), tl.float32)
-                left, right = operands[4 * step + 2 * pair].to(dtype), operands[4 * step + 2 * pair + 1].to(dtype)
-                first, second = _unpack(words[step], pair, dtype)
+                    zero = _per_word(zeros[(2 * step + pair) // (PAIRS or 1)].to(tl.int32))
+                    sums = tl.zeros((WARPS, 16 * FRAGMENTS, ROWS), tl.float32)
+                first, second = _centred(words[step], zero, pair, dtype)
                 if PAIRS == 0:
-                    first = ((first.to(tl.float32) * first_unit - _per_word(zero)) * _per_word(scale)).to(dtype)
-                    second = ((second.to(tl.float32) * second_unit - _per_word(zero)) * _per_word(scale)).to(dtype)
-                    total = tl.dot(second, right, tl.dot(first, left, total))
-                else:
-                    first_sum = tl.dot(first, left, first_sum)
-                    second_sum = tl.dot(second, right, second_sum)
-                    input_sum = tl.dot(ones, right, tl.dot(ones, left, input_sum))
-                    if (2 * step + pair + 1) % PAIRS == 0:
-                        total += first_sum * _per_output(scale * first_unit, ROWS)
-                        total += second_sum * _per_output(scale * second_unit, ROWS)
-                        shared = tl.broadcast_to(input_sum[:, None, :, :], (WARPS, FRAGMENTS, 16, ROWS))
-                        shared = tl.reshape(shared, (WARPS, 16 * FRAGMENTS, ROWS))
-                        total -= shared * _per_output(scale * zero, ROWS)
+                    first = (first.to(tl.float32) * _per_word(scale)).to(dtype)
+                    second = (second.to(tl.float32) * _per_word(scale)).to(dtype)
+                sums = tl.dot(first, operands[4 * step + 2 * pair].to(dtype), sums)
+                sums = tl.dot(second, operands[4 * step + 2 * pair + 1].to(dtype), sums)
+                if PAIRS == 0:
+                    total += sums
+                elif (2 * step + pair + 1) % PAIRS == 0:
+                    wide = tl.broadcast_to(scale[:, :, None, :, None], (WARPS, 16 * FRAGMENTS, ROWS // 8, 4, 2))
+                    total += sums * tl.reshape(wide, (WARPS, 16 * FRAGMENTS, ROWS))
     result = tl.sum(tl.reshape(total, (BANDS, SLICES, 16 * FRAGMENTS, ROWS)), axis=1)
     result = tl.reshape(result, (BANDS * 16 * FRAGMENTS, ROWS))
     output = tl.program_id(0) * (BANDS * 16 * FRAGMENTS) + tl.arange(0, BANDS * 16 * FRAGMENTS)
@@ -231,6 +216,18 @@ def fused_linear(inputs_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, outputs
     target = outputs_ptr + row[None, :] * out_features + output[:, None]
     mask = (row < rows)[None, :] & (output < out_features)[:, None]
     tl.store(target, result.to(outputs_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather(inputs_ptr, columns_ptr, outputs_ptr, in_features, DEPENDENT: tl.constexpr, SIZE: tl.constexpr):
+    """``outputs [rows, in] = inputs[:, columns]``, SIZE columns of one row per program."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    source = tl.load(columns_ptr + column, mask=column < in_features, other=0)
+    row = tl.program_id(0).to(tl.int64) * in_features
+    tl.store(outputs_ptr + row + column, tl.load(inputs_ptr + row + source), mask=column < in_features)
 
 
 @triton.jit
