@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
+from rich.console import Console
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from lowbit.bench.demo import METHODS, MODEL, Row, demo_windows, run_demo
 from lowbit.bench.plot import check_plot_file, draw
+from lowbit.cli.demo import _print as show_table
 from lowbit.errors import PlanError
 from outcome import Lowbit
 
@@ -20,7 +23,7 @@ ROWS = (
     Row("gptq 4 bits", 4.16, 5.9, 44.1, 3.7, 30, "a village"),
     Row("awq 4 bits", 4.16, 5.8, 44.1, 3.7, 30, "a village"),
     Row("bitsandbytes nf4", 4.5, 6.0, 43.1, 2.7, 30, "a city"),
-    Row("gptq 2 bits", 2.15, 5.1, 657.3, 616.9, 30, "of the theatements"),
+    Row("gptq 2 bits", 2.15, 5.1, 657.3, 616.9, 30, "[b]of the theatements"),
 )
 
 
@@ -62,6 +65,20 @@ def test_table_and_plot(lowbit: Lowbit, tmp_path: Path, monkeypatch: pytest.Monk
     assert "255 tokens sampled from the model itself" in outcome.out
     assert "plot saved to" in outcome.err
     assert "bitsandbytes int8" in plot.read_text()
+
+
+@pytest.mark.parametrize("columns", [80, 120, 200])
+def test_the_table_fits_the_screen(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lowbit.cli.console.stdout", lambda: Console(width=columns, highlight=False))
+    show_table([*ROWS, replace(ROWS[-1], text="very " * 40)], 255)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "…" not in "".join(line for line in lines if "very very" not in line)
+    for row in ROWS:
+        assert any(row.method in line and f"{row.perplexity:.2f}" in line for line in lines)
+        assert any(row.method in line and row.text in line for line in lines)
 
 
 def test_what_is_registered_stays_registered() -> None:

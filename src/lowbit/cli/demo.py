@@ -12,6 +12,9 @@ from lowbit.cli import console
 if TYPE_CHECKING:
     from lowbit.bench.demo import Row
 
+_NUMBERS = 82  # columns that the table takes without the text
+_WIDE = _NUMBERS + 30
+
 
 def command(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw bits per weight against perplexity.")] = None,
@@ -51,29 +54,41 @@ def measure(max_windows: int | None) -> tuple[list[Row], int]:
 
 
 def _print(rows: list[Row], tokens: int) -> None:
+    """One table; where the screen is too narrow for it, what the models wrote stands below."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     from lowbit.bench.demo import PROMPT
 
-    table = Table(box=box.SIMPLE_HEAD, caption_justify="left")
-    table.add_column("method", no_wrap=True)
-    for title in ("bits/weight", "MB", "perplexity", "change", "tokens/s"):
-        table.add_column(title, justify="right")
-    table.add_column(f'"{PROMPT} ..."', no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        numbers = (
-            f"{row.bits_per_weight:.3f}",
-            f"{row.size_mb:.2f}",
-            f"{row.perplexity:.2f}",
-            f"{row.change:+.2f}",
-            f"{row.tokens_per_second:.0f}",
-        )
-        table.add_row(escape(row.method), *numbers, escape(row.text))
     out = console.stdout()
+    wide = out.width >= _WIDE
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for title in ("bits per\nweight", "MB", "perplexity", "change", "tokens\nper s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if wide:
+        table.add_column(f'"{PROMPT} ..."', no_wrap=True, overflow="ellipsis", max_width=out.width - _NUMBERS)
+    for row in rows:
+        table.add_row(*_cells(row), *([escape(row.text)] if wide else []))
     out.print(table)
+    if not wide:
+        out.print(f'"{PROMPT} ..."')
+        for row in rows:
+            out.print(f"{row.method}: {row.text}", markup=False, no_wrap=True, overflow="ellipsis")
+        out.print()
     out.print(
-        f"Bits per weight: of the quantized layers, scales and zeros included; the tied embedding stays in 16 bits."
+        "Bits per weight: of the quantized layers, scales and zeros included; the tied embedding stays in 16 bits."
         f" Perplexity: {tokens} tokens sampled from the model itself."
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.method,
+        f"{row.bits_per_weight:.3f}",
+        f"{row.size_mb:.2f}",
+        f"{row.perplexity:.2f}",
+        f"{row.change:+.2f}",
+        f"{row.tokens_per_second:.0f}",
     )
