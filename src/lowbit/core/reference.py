@@ -56,7 +56,7 @@ def decode_codes(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[in
         if isinstance(spec.code, IntCode) and spec.code.signed:
             codes = sign_extend(codes, spec.bits)
     if isinstance(spec.code, TableCode):
-        return functional.embedding(codes.to(torch.int32), tensors["table"].unsqueeze(-1)).squeeze(-1)
+        return tensors["table"].index_select(0, codes.reshape(-1).to(torch.int32)).view(shape)
     return codes
 
 
