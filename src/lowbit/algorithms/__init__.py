@@ -4,9 +4,10 @@ They never touch files or modules. :func:`quantize` picks the algorithm that a s
 """
 
 from lowbit.algorithms.base import Algorithm, find_algorithm, quantize, register_algorithm
-from lowbit.algorithms.blockwise import BlockwiseTable, nested_map, table_spec
-from lowbit.algorithms.rows import Int8Rows, int8_spec
-from lowbit.algorithms.rtn import RoundToNearest, integer_spec
+from lowbit.algorithms.blockwise import BlockwiseTable, nested_map
+from lowbit.algorithms.rows import Int8Rows
+from lowbit.algorithms.rtn import RoundToNearest
+from lowbit.core import int8_spec, integer_spec, table_spec
 
 __all__ = [
     "Algorithm",

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.algorithms.base import Algorithm
-from lowbit.core import Grouping, QuantSpec, QuantTensor, Scale, SecondLevel, TableCode, pack
+from lowbit.core import QuantSpec, QuantTensor, TableCode, pack
 from lowbit.errors import PlanError
 
-NESTED_BLOCK = 256
 _TINY = 1e-38
 
 # Quantiles of the normal distribution, asymmetric so that 0 is exact (QLoRA, appendix E).
@@ -54,19 +53,6 @@ def nested_map() -> Tensor:
         decade = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2)
         values += decade.tolist() + (-decade).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
-
-
-def table_spec(
-    name: str, *, block_size: int = 64, nested: bool = False, dtype: torch.dtype = torch.bfloat16
-) -> QuantSpec:
-    """A 16-entry table (``nf4`` or ``fp4``), one fp32 absolute maximum per `block_size` weights in row-major order."""
-    second = SecondLevel("table", NESTED_BLOCK, offset=True) if nested else None
-    return QuantSpec(
-        code=TableCode(name),
-        scale=Scale(torch.float32, second=second),
-        grouping=Grouping.flat_blocks(block_size),
-        dtype=dtype,
-    )
 
 
 class BlockwiseTable(Algorithm):

@@ -8,22 +8,8 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.base import Algorithm
-from lowbit.core import Activation, Grouping, IntCode, QuantSpec, QuantTensor, Scale
+from lowbit.core import QuantSpec, QuantTensor, int8_spec
 from lowbit.errors import PlanError
-
-# The decimal that bitsandbytes writes for 1/127; the bits of a dequantized weight depend on it.
-INV_127 = 7.874015718698502e-3
-
-
-def int8_spec(threshold: float = 6.0) -> QuantSpec:
-    """int8 rows with fp32 absolute maxima; activations int8 per token, columns that reach `threshold` in 16 bits."""
-    return QuantSpec(
-        code=IntCode(8, signed=True),
-        scale=Scale(torch.float32, multiplier=INV_127),
-        grouping=Grouping.per_channel(),
-        activation=Activation("int8", threshold),
-        dtype=torch.float32,
-    )
 
 
 class Int8Rows(Algorithm):

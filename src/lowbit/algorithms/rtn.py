@@ -9,25 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.algorithms.base import Algorithm
-from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero, pack
+from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, pack
 from lowbit.errors import PlanError
-
-
-def integer_spec(
-    bits: int, group_size: int, *, scale_dtype: torch.dtype = torch.float16, dtype: torch.dtype = torch.float16
-) -> QuantSpec:
-    """The spec of GPTQ and AWQ: unsigned integers, one scale and one integer zero per group of the input axis.
-
-    Args:
-        group_size: -1 for one group per output row.
-    """
-    return QuantSpec(
-        code=IntCode(bits),
-        scale=Scale(scale_dtype),
-        grouping=Grouping.per_channel() if group_size == -1 else Grouping.groups(group_size),
-        zero=Zero("integer", bits),
-        dtype=dtype,
-    )
 
 
 class RoundToNearest(Algorithm):

@@ -2,6 +2,7 @@
 
 from lowbit.core.packing import pack, packed_bytes, unpack
 from lowbit.core.plan import Kept, Plan
+from lowbit.core.presets import int8_spec, integer_spec, table_spec
 from lowbit.core.qtensor import QuantTensor
 from lowbit.core.reference import dequantize, linear
 from lowbit.core.spec import (
@@ -30,8 +31,11 @@ __all__ = [
     "TableCode",
     "Zero",
     "dequantize",
+    "int8_spec",
+    "integer_spec",
     "linear",
     "pack",
     "packed_bytes",
+    "table_spec",
     "unpack",
 ]

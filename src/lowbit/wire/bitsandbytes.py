@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from lowbit.core import Activation, Grouping, IntCode, QuantSpec, QuantTensor, Scale, SecondLevel, TableCode, dtypes
+from lowbit.core import QuantSpec, QuantTensor, TableCode, dtypes, int8_spec, table_spec
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire, as_bytes, field, require_tensor, require_tensors
@@ -36,7 +36,6 @@ TYPES: Final = ("nf4", "fp4")
 STORAGE: Final = dtypes.FLOATS | {name: dtypes.INTEGERS[name] for name in ("uint8", "int8")}
 _STATE: Final = "weight.quant_state.bitsandbytes__"
 _STATE_LIMIT: Final = 4096  # bytes; the real ones are under 200
-_INV_127: Final = 7.874015718698502e-3  # bitsandbytes' decimal for 1/127
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Bitsandbytes4Wire(Wire[Settings4]):
         }
 
     def spec(self, settings: Settings4) -> QuantSpec:
-        return _table_spec(settings.type, settings.block_size, settings.nested, settings.dtype)
+        return table_spec(settings.type, block_size=settings.block_size, nested=settings.nested, dtype=settings.dtype)
 
     def expected(self, settings: Settings4, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         blocks = spec.grouping.counts(shape)[0]
@@ -115,7 +114,13 @@ class Bitsandbytes4Wire(Wire[Settings4]):
         state = _read_state(tensors)
         if state.type != settings.type:
             raise FormatError("a weight's type is not the checkpoint's", found=state.type, expected=settings.type)
-        spec = _table_spec(state.type, state.block_size, state.nested, state.dtype, state.nested_block_size)
+        spec = table_spec(
+            state.type,
+            block_size=state.block_size,
+            nested=state.nested,
+            nested_block=state.nested_block_size,
+            dtype=state.dtype,
+        )
         codes = _swap_nibbles(as_bytes(tensors["weight"].reshape(-1)))
         if state.shape[0] * state.shape[1] % 2:
             codes[-1:] &= 0x0F
@@ -153,8 +158,12 @@ class Bitsandbytes4Wire(Wire[Settings4]):
         if not isinstance(spec.code, TableCode) or spec.code.name not in TYPES or not spec.grouping.flat:
             return "it holds nf4 or fp4 in blocks of consecutive weights"
         second = spec.scale.second
-        wanted = _table_spec(
-            spec.code.name, spec.grouping.cols, second is not None, spec.dtype, second.size if second else 256
+        wanted = table_spec(
+            spec.code.name,
+            block_size=spec.grouping.cols,
+            nested=second is not None,
+            nested_block=second.size if second else 256,
+            dtype=spec.dtype,
         )
         if spec != wanted or spec.grouping.cols not in BLOCK_SIZES:
             return f"it holds '{wanted}' with blocks of one of {BLOCK_SIZES}"
@@ -188,13 +197,7 @@ class Bitsandbytes8Wire(Wire[Settings8]):
         return _config(four=False) | {"llm_int8_threshold": settings.threshold}
 
     def spec(self, settings: Settings8) -> QuantSpec:
-        return QuantSpec(
-            code=IntCode(8, signed=True),
-            scale=Scale(torch.float32, multiplier=_INV_127),
-            grouping=Grouping.per_channel(),
-            activation=Activation("int8", settings.threshold),
-            dtype=torch.float32,
-        )
+        return int8_spec(settings.threshold)
 
     def expected(self, settings: Settings8, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         return {
@@ -258,16 +261,6 @@ def _config(*, four: bool) -> dict[str, Any]:
         "load_in_8bit": not four,
         "quant_method": "bitsandbytes",
     }
-
-
-def _table_spec(name: str, block_size: int, nested: bool, dtype: torch.dtype, nested_block: int = 256) -> QuantSpec:
-    second = SecondLevel("table", nested_block, offset=True) if nested else None
-    return QuantSpec(
-        code=TableCode(name),
-        scale=Scale(torch.float32, second=second),
-        grouping=Grouping.flat_blocks(block_size),
-        dtype=dtype,
-    )
 
 
 def _swap_nibbles(packed: Tensor) -> Tensor:

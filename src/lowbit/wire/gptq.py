@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero, pack, unpack
+from lowbit.core import Grouping, QuantSpec, QuantTensor, integer_spec, pack, unpack
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_tensor, require_tensors
@@ -84,7 +84,7 @@ class GptqWire(Wire[GptqSettings]):
         }
 
     def spec(self, settings: GptqSettings) -> QuantSpec:
-        return _spec(settings.bits, settings.group_size, settings.desc_act, torch.float16)
+        return integer_spec(settings.bits, settings.group_size, permuted=settings.desc_act)
 
     def expected(self, settings: GptqSettings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         out_features, in_features = shape
@@ -101,7 +101,7 @@ class GptqWire(Wire[GptqSettings]):
         shape = self._shape(settings, tensors["qweight"])
         scales = tensors["scales"]
         require_tensor("scales", scales, dtypes=_SCALES, dims=2)
-        spec = _spec(settings.bits, settings.group_size, False, scales.dtype)
+        spec = integer_spec(settings.bits, settings.group_size, scale_dtype=scales.dtype)
         group_index = self._group_index(settings, spec, tensors.get("g_idx"), shape)
         if group_index is not None:
             spec = replace(spec, grouping=Grouping.groups(settings.group_size, permuted=True))
@@ -140,7 +140,9 @@ class GptqWire(Wire[GptqSettings]):
 
     def refusal(self, settings: GptqSettings, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         out_features, in_features = shape
-        wanted = _spec(settings.bits, settings.group_size, spec.grouping.permuted, spec.scale.dtype)
+        wanted = integer_spec(
+            settings.bits, settings.group_size, permuted=spec.grouping.permuted, scale_dtype=spec.scale.dtype
+        )
         if settings.bits not in BITS:
             return f"GPTQ has 2, 3, 4 and 8 bits, not {settings.bits}"
         if spec != wanted:
@@ -209,14 +211,3 @@ def _add_to_fields(words: Tensor, bits: int, amount: int) -> Tensor:
     ones = sum(1 << shift for shift in range(0, 32, bits))
     total = (words.to(torch.int64) + amount * ones) & 0xFFFFFFFF
     return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
-
-
-def _spec(bits: int, group_size: int, permuted: bool, scale_dtype: torch.dtype) -> QuantSpec:
-    whole_row = group_size == -1
-    return QuantSpec(
-        code=IntCode(bits),
-        scale=Scale(scale_dtype),
-        grouping=Grouping.per_channel() if whole_row else Grouping.groups(group_size, permuted),
-        zero=Zero("integer", bits),
-        dtype=scale_dtype,
-    )
