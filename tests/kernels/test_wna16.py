@@ -265,10 +265,10 @@ def test_batches(config: Config, rows: int) -> None:
 
 
 @runs
-@pytest.mark.parametrize("shape", [(4096, 512), (64, 4096)])
+@pytest.mark.parametrize("shape", [(4096, 512), (16, 4096)])
 @pytest.mark.parametrize("rows", [2, 16])
 def test_with_the_table_as_it_is(shape: tuple[int, int], rows: int) -> None:
-    if INTERPRETED and shape[0] > 64:
+    if INTERPRETED and shape[0] > 16:
         pytest.skip("takes the interpreter minutes")
     tensor = make(shape, 128, None)
     inputs = torch.randn(rows, shape[1], device=DEVICE).half()
@@ -276,8 +276,12 @@ def test_with_the_table_as_it_is(shape: tuple[int, int], rows: int) -> None:
 
 
 @runs
-@pytest.mark.parametrize("config", CONFIGS, indirect=True, ids=str)
-@pytest.mark.parametrize("permuted", [None, "even"])
+@pytest.mark.parametrize(
+    ("config", "permuted"),
+    [(CONFIGS[0], None), (CONFIGS[1], "even"), (CONFIGS[2], None)],
+    indirect=["config"],
+    ids=str,
+)
 def test_touches_only_its_own(config: Config, permuted: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN before and behind inputs and outputs, and in the padding of the weight."""
     tensor = make((40, 272), 16 if permuted else 0, permuted)
