@@ -18,6 +18,7 @@ import lowbit
 import tiny
 from lowbit.errors import FormatError, PlanError
 from lowbit.nn import QuantLinear
+from lowbit.wire import CheckpointFiles
 
 CONFIGS = {
     "nf4": lambda: lowbit.BitsAndBytesConfig(
@@ -268,3 +269,37 @@ def test_a_config_that_contradicts_the_stored_one_is_an_error(requested: Any, tm
     with pytest.raises(PlanError, match="is asked for"):
         lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=requested())
     lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=lowbit.GPTQConfig(bits=4))
+
+
+def test_desc_act_on_the_fly_rounds_in_natural_order(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path / "dense")
+    config = lowbit.GPTQConfig(bits=4, group_size=32, desc_act=True)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    model.save_pretrained(tmp_path / "packed")
+    reloaded = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(tiny.logits(reloaded, "llama"), tiny.logits(model, "llama"))
+
+
+def test_scaled_activations_of_awq_are_refused(tmp_path: Path) -> None:
+    tiny.save("llama", tmp_path / "dense")
+    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CONFIGS["awq"]())
+    model.save_pretrained(tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    tensors["model.layers.0.mlp.act_fn.scales"] = torch.ones(128)
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"act_fn\.scales: this checkpoint divides the activations"):
+        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_opening_a_checkpoint_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save("llama", tmp_path / "dense")
+    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CONFIGS["gptq"]())
+    model.save_pretrained(tmp_path / "packed")
+    reads: list[str] = []
+    read = CheckpointFiles.tensor
+    monkeypatch.setattr(CheckpointFiles, "tensor", lambda self, name: (reads.append(name), read(self, name))[1])
+    checkpoint = lowbit.open_checkpoint(tmp_path / "packed")
+    assert reads == []
+    checkpoint.weights["model.layers.0.mlp.down_proj"].dequantize()
+    assert {name.rpartition(".")[0] for name in reads} == {"model.layers.0.mlp.down_proj"}
+    assert len(checkpoint.plan.quantized) == 14

@@ -93,7 +93,7 @@ def default_keep(model: nn.Module) -> dict[str, str]:
 def matches(name: str, patterns: Sequence[str]) -> str | None:
     """The first pattern that a module name matches, or None.
 
-    A plain name matches itself, everything below it, and as a suffix at a dot (``lm_head``, ``layers.0``,
+    A plain name matches itself, everything below it, and as a suffix at a dot (``lm_head``, ``model.layers.0``,
     ``self_attn.q_proj``). ``*`` and ``?`` are wildcards over the whole name. What matches as neither is taken as a
     regular expression, from the start of the name to a dot or the end.
 

@@ -15,7 +15,7 @@ permuted twice; ``scales fp16 [8 w, out]`` and ``qzeros`` (llm-awq: ``scaled_zer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,6 +101,14 @@ class AwqWire(Wire[AwqSettings]):
 
     def spec(self, settings: AwqSettings) -> QuantSpec:
         return _spec(settings, torch.float16)
+
+    def check_names(self, others: Collection[str]) -> None:
+        for name in others:
+            if name.endswith((".act.scales", ".gelu_impl.scales", ".act_fn.scales", ".activation_fn.scales")):
+                raise FormatError(
+                    "this checkpoint divides the activations of its MLPs by scales, which lowbit doesn't do yet",
+                    tensor=name,
+                )
 
     def expected(self, settings: AwqSettings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         out_features, in_features = shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -75,6 +75,14 @@ class Wire(abc.ABC, Generic[Settings]):
         Raises:
             FormatError: the format can't spell this spec.
         """
+
+    def check_names(self, others: Collection[str]) -> None:
+        """Look at the names of a checkpoint's tensors that belong to no packed weight.
+
+        Raises:
+            FormatError: one of them changes what the model computes, and lowbit doesn't do that.
+        """
+        del others
 
     @abc.abstractmethod
     def refusal(self, settings: Settings, spec: QuantSpec, shape: tuple[int, int]) -> str | None:

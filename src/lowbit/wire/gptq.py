@@ -84,7 +84,8 @@ class GptqWire(Wire[GptqSettings]):
         }
 
     def spec(self, settings: GptqSettings) -> QuantSpec:
-        return integer_spec(settings.bits, settings.group_size, permuted=settings.desc_act)
+        # Whether desc_act left a permutation is in the tensors: a sorted g_idx is none.
+        return integer_spec(settings.bits, settings.group_size)
 
     def expected(self, settings: GptqSettings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         out_features, in_features = shape

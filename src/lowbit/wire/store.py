@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -184,21 +184,25 @@ def _open(path: Path) -> Any:
         raise FormatError(f"is not a valid safetensors file: {error}", file=str(path)) from error
 
 
-@dataclass(frozen=True)
 class Checkpoint:
     """A quantized checkpoint, opened without a model.
 
     Attributes:
         format: the wire's name.
         weights: the quantized weights by module name, each read when asked for.
-        plan: what is quantized and what was kept.
         config: the ``quantization_config`` as stored.
     """
 
-    format: str
-    weights: Mapping[str, QuantTensor]
-    plan: Plan
-    config: Mapping[str, Any]
+    def __init__(self, files: CheckpointFiles, wire: Wire[Any], config: Mapping[str, Any]) -> None:
+        self.format, self.config = wire.name, config
+        self._files, self._wire = files, wire
+        self._modules = quantized_modules(files.names(), wire)
+        self.weights: Mapping[str, QuantTensor] = _LazyWeights(files, wire, wire.parse(config), self._modules)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """What is quantized and what was kept; reads every packed weight once, since their specs are in the tensors."""
+        return _plan(self._files, self._wire, self.weights, self._modules)
 
 
 class _LazyWeights(Mapping[str, QuantTensor]):
@@ -242,18 +246,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             expected="a quantization_config in config.json, or a quantize_config.json beside it",
         )
     wire = find_wire(config)
-    settings = wire.parse(config)
     files = CheckpointFiles(folder)
-    modules = quantized_modules(files.names(), wire)
-    if not modules:
+    if not quantized_modules(files.names(), wire):
         raise FormatError(
             "config.json declares a quantized checkpoint, but no tensor is",
             file=str(folder),
             found=f"no *.{wire.marker}",
             expected=wire.name,
         )
-    weights = _LazyWeights(files, wire, settings, modules)
-    return Checkpoint(wire.name, weights, _plan(files, wire, weights, modules), config)
+    return Checkpoint(files, wire, config)
 
 
 def quantized_modules(names: list[str], wire: Wire[Any]) -> list[str]:
@@ -262,7 +263,7 @@ def quantized_modules(names: list[str], wire: Wire[Any]) -> list[str]:
     return [name.removesuffix(ending) for name in names if name.endswith(ending)]
 
 
-def _plan(files: CheckpointFiles, wire: Wire[Any], weights: _LazyWeights, modules: list[str]) -> Plan:
+def _plan(files: CheckpointFiles, wire: Wire[Any], weights: Mapping[str, QuantTensor], modules: list[str]) -> Plan:
     owned = {f"{module}.{suffix}" for module in modules for suffix in wire.suffixes}
     entries: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}

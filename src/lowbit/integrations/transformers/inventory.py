@@ -70,8 +70,10 @@ class Inventory:
                 expected=self.wire.name,
             )
         owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
+        others = [name for name in names if name not in owned]
+        self.wire.check_names(others)
         self.packed = [name for name in map(self._module_of, stored) if name is not None]
-        self.dense = {target for name in names if name not in owned for target in self._targets(name)}
+        self.dense = {target for name in others for target in self._targets(name)}
 
     def _module_of(self, stored: str) -> str | None:
         """The module of a packed weight; None for what only the checkpoint's own class has (a pooler, a head)."""
