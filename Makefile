@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
+# Tests run in so many processes; 0 is for one that can be stopped with --pdb.
+JOBS ?= 2
 # More for pytest: make test PYTEST_ARGS="-k awq -x"
 PYTEST_ARGS ?=
 # What meets Transformers, and so is tested with the older one too.
@@ -13,6 +15,7 @@ TRANSFORMERS_TESTS ?= tests/nn tests/integrations tests/e2e tests/docs/test_twel
 export OMP_WAIT_POLICY = PASSIVE
 
 PY := $(VENV)/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 INSTALL := PYTHON="$(PYTHON)" VENV="$(VENV)" CONSTRAINTS="$(CONSTRAINTS)" bash scripts/install
 OLDER := PYTHONPATH="$(abspath $(VENV))/transformers-5.17"
 DECLARED := pyproject.toml $(CONSTRAINTS) scripts/install
@@ -33,15 +36,15 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/lowbit demo
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 	@$(MAKE) --no-print-directory test-transformers-5.17
 
 test-transformers-5.17: $(VENV)/.installed-transformers
 	@$(OLDER) $(PY) -c "from transformers import __version__ as v; assert v == '5.17.0', v; print('With Transformers', v)"
-	$(OLDER) $(PY) -m pytest $(PYTEST_ARGS) $(TRANSFORMERS_TESTS)
+	$(OLDER) $(PYTEST) $(TRANSFORMERS_TESTS)
 
 fuzz: $(VENV)/.installed-dev
-	$(PY) -m pytest --hypothesis-profile=default $(PYTEST_ARGS)
+	$(PYTEST) --hypothesis-profile=default
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
