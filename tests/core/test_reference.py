@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowbit.core import Activation, Grouping, IntCode, QuantSpec, QuantTensor, Scale, SecondLevel, TableCode, Zero, pack
+from lowbit.core import (
+    Activation,
+    FloatCode,
+    Grouping,
+    IntCode,
+    QuantSpec,
+    QuantTensor,
+    Scale,
+    SecondLevel,
+    TableCode,
+    VectorCode,
+    Zero,
+    pack,
+)
 from lowbit.core.reference import int8_matmul, linear, quantize_rows
 
 SHAPE = (6, 20)
@@ -25,6 +39,8 @@ def random_tensors(spec: QuantSpec, shape: tuple[int, int] = SHAPE) -> dict[str,
             tensors[name] = (torch.rand(size) + 0.1).to(dtype)
         else:
             tensors[name] = torch.randint(0, 256, size).to(dtype)
+    if isinstance(spec.code, FloatCode):
+        return tensors
     codes = torch.randint(0, 1 << spec.bits, shape)
     packed = (
         codes.to(torch.uint8) if spec.bits == 8 else pack(codes.reshape(-1) if spec.grouping.flat else codes, spec.bits)
@@ -45,7 +61,10 @@ def _weight(spec: QuantSpec, tensors: dict[str, Tensor], shape: tuple[int, int],
     stream = tensors["codes"].reshape(-1) if spec.grouping.flat else tensors["codes"][row]
     code = _field(stream, index, spec.bits)
     group = _group(spec, tensors, shape, row, col)
-    scale = _level("scales", spec.scale.second, tensors, group)
+    if isinstance(spec.code, FloatCode):
+        value = tensors["codes"][row, col].float()
+        return value * _level("scales", spec, tensors, group) if spec.scale.stored else value
+    scale = _level("scales", spec, tensors, group)
     if isinstance(spec.code, TableCode):
         return tensors["table"][code] * scale
     if spec.code.signed and code >= 1 << spec.bits - 1:
@@ -56,9 +75,9 @@ def _weight(spec: QuantSpec, tensors: dict[str, Tensor], shape: tuple[int, int],
     elif spec.zero.kind == "integer":
         value = (value - _field(tensors["zeros"][group[0]], group[1], spec.zero.bits)) * scale
     elif spec.zero.kind == "float":
-        value = (value - _level("zeros", spec.zero.second, tensors, group)) * scale
+        value = (value - _level("zeros", spec, tensors, group)) * scale
     else:
-        value = value * scale + _level("zeros", spec.zero.second, tensors, group)
+        value = value * scale + _level("zeros", spec, tensors, group)
     return value * spec.scale.multiplier if spec.scale.multiplier != 1 else value
 
 
@@ -69,6 +88,8 @@ def _field(stream: Tensor, index: int, bits: int) -> int:
 
 def _group(spec: QuantSpec, tensors: dict[str, Tensor], shape: tuple[int, int], row: int, col: int) -> tuple[int, ...]:
     grouping = spec.grouping
+    if grouping.strided:
+        return ((row * shape[1] + col) % grouping.counts(shape)[0],)
     if grouping.flat:
         return ((row * shape[1] + col) // grouping.cols,)
     if grouping.permuted:
@@ -76,14 +97,20 @@ def _group(spec: QuantSpec, tensors: dict[str, Tensor], shape: tuple[int, int], 
     return row // (grouping.rows or shape[0]), col // (grouping.cols or shape[1])
 
 
-def _level(name: str, second: SecondLevel | None, tensors: dict[str, Tensor], group: tuple[int, ...]) -> Tensor:
-    stored = tensors[name][group]
+def _level(name: str, spec: QuantSpec, tensors: dict[str, Tensor], group: tuple[int, ...]) -> Tensor:
+    second = spec.scale.second if name == "scales" or spec.zero is None else spec.zero.second
     if second is None:
-        return stored.float()
-    position = int(torch.arange(tensors[name].numel()).view(tensors[name].shape)[group])
+        return tensors[name][group].float()
+    counts = spec.grouping.counts(SHAPE)
+    position = int(torch.arange(math.prod(counts)).view(counts)[group])
     above = tensors[f"super_{name}"][position // second.size if second.size else 0].float()
-    first = tensors[f"super_{name}_table"][int(stored)] if second.kind == "table" else stored.float()
-    value = first * above
+    if second.kind == "integer":
+        code = _field(tensors[name][group[:-1]], group[-1], second.bits)
+        first = torch.tensor(float(code - (1 << second.bits if second.signed and code >= 1 << second.bits - 1 else 0)))
+    else:
+        stored = tensors[name][group]
+        first = tensors[f"super_{name}_table"][int(stored)] if second.kind == "table" else stored.float()
+    value = first / above if second.divides else first * above
     return value + tensors[f"super_{name}_offset"][0] if second.offset else value
 
 
@@ -98,8 +125,8 @@ INTEGERS = [
     QuantSpec(IntCode(bits, signed), Scale(torch.float16), grouping, zero)
     for bits in range(1, 9)
     for signed in (False, True)
-    for grouping in [*GROUPINGS, Grouping.flat_blocks(9)]
-    for zero in (None, Zero("float"), Zero("additive"), *(() if grouping.flat else (Zero("integer", bits),)))
+    for grouping in [*GROUPINGS, Grouping.flat_blocks(9), Grouping.strided_groups(8)]
+    for zero in (None, Zero("float"), Zero("additive"), *(() if grouping.linear else (Zero("integer", bits),)))
 ]
 TABLES = [
     QuantSpec(TableCode("nf4"), Scale(torch.float32, second=second), Grouping.flat_blocks(8))
@@ -107,8 +134,21 @@ TABLES = [
         None,
         SecondLevel("table", 4, offset=True),
         SecondLevel("integer", 0, bits=6),
+        SecondLevel("integer", 4, bits=6, signed=True),
+        SecondLevel("integer", 4, bits=8, signed=True),
         SecondLevel("float8", 0),
+        SecondLevel("float8", 0, divides=True),
     )
+]
+FLOATS = [
+    QuantSpec(FloatCode(dtype), scale, grouping)
+    for dtype, scale in (
+        (torch.float8_e4m3fn, Scale(torch.float32)),
+        (torch.float8_e5m2, Scale(torch.bfloat16)),
+        (torch.float8_e4m3fn, Scale(torch.float8_e8m0fnu)),
+        (torch.bfloat16, Scale(torch.float32, stored=False)),
+    )
+    for grouping in GROUPINGS
 ]
 TWO_LEVELS = QuantSpec(
     IntCode(4),
@@ -118,11 +158,29 @@ TWO_LEVELS = QuantSpec(
 )
 
 
-@pytest.mark.parametrize("spec", [*INTEGERS, *TABLES, TWO_LEVELS], ids=str)
+@pytest.mark.parametrize("spec", [*INTEGERS, *TABLES, *FLOATS, TWO_LEVELS], ids=str)
 def test_dequantize_equals_the_formula(spec: QuantSpec) -> None:
     tensors = random_tensors(spec)
     tensor = QuantTensor(spec, tensors, SHAPE).validate()
     assert torch.equal(tensor.dequantize(torch.float32), one_at_a_time(spec, tensors, SHAPE))
+
+
+@pytest.mark.parametrize("code", [VectorCode(1, 16, 1, 4), VectorCode(2, 8, 2, 4), VectorCode(3, 5, 1, 5)], ids=str)
+def test_vectors_are_summed_and_scaled(code: VectorCode) -> None:
+    spec = QuantSpec(code, Scale(torch.float32), Grouping(code.out_group, 0))
+    layout = spec.tensors(SHAPE)
+    indices = torch.randint(0, 1 << code.bits, layout["codes"][0])
+    tensors = {
+        "codes": indices.to(code.index_dtype),
+        "codebooks": torch.randn(layout["codebooks"][0]),
+        "scales": torch.rand(layout["scales"][0]),
+    }
+    dense = QuantTensor(spec, tensors, SHAPE).validate().dequantize(torch.float32)
+    for row, col in itertools.product(range(SHAPE[0]), range(SHAPE[1])):
+        (tile, line), (group, column) = divmod(row, code.out_group), divmod(col, code.in_group)
+        picked = indices[tile, group].tolist()
+        total = sum(tensors["codebooks"][number, index, line, column] for number, index in enumerate(picked))
+        assert dense[row, col] == total * tensors["scales"][tile, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

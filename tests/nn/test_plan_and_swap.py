@@ -73,7 +73,7 @@ def test_nothing_to_quantize_is_an_error() -> None:
 
 
 def test_what_a_format_cannot_hold_is_kept_with_its_reason() -> None:
-    plan = plan_model(model(), SPEC, refusal=lambda spec, shape: "too narrow" if shape[0] < 64 else None)
+    plan = plan_model(model(), SPEC, refusal=lambda _, spec, shape: "too narrow" if shape[0] < 64 else None)
     assert plan.kept["head"] == Kept("too narrow")
 
 

@@ -8,18 +8,21 @@ from lowbit.core.reference import dequantize, linear
 from lowbit.core.spec import (
     Activation,
     Code,
+    FloatCode,
     Grouping,
     IntCode,
     QuantSpec,
     Scale,
     SecondLevel,
     TableCode,
+    VectorCode,
     Zero,
 )
 
 __all__ = [
     "Activation",
     "Code",
+    "FloatCode",
     "Grouping",
     "IntCode",
     "Kept",
@@ -29,6 +32,7 @@ __all__ = [
     "Scale",
     "SecondLevel",
     "TableCode",
+    "VectorCode",
     "Zero",
     "dequantize",
     "int8_spec",

@@ -17,6 +17,7 @@ FLOATS: Final[dict[str, torch.dtype]] = {
 FLOAT8S: Final[dict[str, torch.dtype]] = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
 }
 INTEGERS: Final[dict[str, torch.dtype]] = {
     "uint8": torch.uint8,

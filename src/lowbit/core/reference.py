@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.core.activations import round_inputs, round_outputs
 from lowbit.core.packing import sign_extend, unpack
-from lowbit.core.spec import IntCode, QuantSpec, SecondLevel, TableCode
+from lowbit.core.spec import FloatCode, IntCode, QuantSpec, SecondLevel, TableCode, VectorCode
 
 # bitsandbytes multiplies with this decimal constant, not with the float nearest to 1 / 127**2.
 _INT8_PRODUCT_SCALE = 6.200124e-05
@@ -34,7 +35,9 @@ def dequantize(
     """
     work = dtype if spec.rounding == "each" else torch.float32
     values = decode_codes(spec, tensors, shape).to(work)
-    scales = _expand(decode_scales(spec, tensors).to(work), spec, tensors, shape)
+    if not spec.scale.stored:
+        return values.to(dtype)
+    scales = _expand(decode_scales(spec, tensors, shape).to(work), spec, tensors, shape)
     zeros = decode_zeros(spec, tensors, shape)
     if zeros is None or spec.zero is None:
         values = values * scales
@@ -48,8 +51,12 @@ def dequantize(
 
 
 def decode_codes(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """Integers (uint8 or int8) or table values (fp32), ``[out, in]``."""
+    """Integers (uint8 or int8), table values (fp32), floats, or sums of vectors (as the codebooks); ``[out, in]``."""
     codes = tensors["codes"]
+    if isinstance(spec.code, FloatCode):
+        return codes
+    if isinstance(spec.code, VectorCode):
+        return _sum_vectors(spec.code, codes, tensors["codebooks"], shape)
     if spec.bits < 8:
         count = shape[0] * shape[1] if spec.grouping.flat else shape[1]
         codes = unpack(codes, spec.bits, count).reshape(shape)
@@ -60,18 +67,26 @@ def decode_codes(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[in
     return codes
 
 
+def _sum_vectors(code: VectorCode, codes: Tensor, codebooks: Tensor, shape: tuple[int, int]) -> Tensor:
+    indices = codes.to(torch.int32) & ((1 << code.bits) - 1)
+    tiles = codebooks[0][indices[..., 0]]
+    for number in range(1, code.codebooks):
+        tiles = tiles + codebooks[number][indices[..., number]]
+    return tiles.transpose(1, 2).reshape(-1, codes.shape[1] * code.in_group)[: shape[0], : shape[1]]
+
+
 def decode_zeros(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor | None:
     """Zero points, one per group, in the shape of the scales; integers are uint8."""
     if spec.zero is None:
         return None
     if spec.zero.kind == "integer":
         return unpack(tensors["zeros"], spec.zero.bits, spec.grouping.counts(shape)[-1])
-    return _decode_scales("zeros", spec.zero.second, tensors)
+    return _decode_scales("zeros", spec.zero.second, tensors, spec.grouping.counts(shape))
 
 
-def decode_scales(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+def decode_scales(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """One scale per group, second level undone; fp32 where there was one, else as stored."""
-    return _decode_scales("scales", spec.scale.second, tensors)
+    return _decode_scales("scales", spec.scale.second, tensors, spec.grouping.counts(shape))
 
 
 def linear(
@@ -88,7 +103,11 @@ def linear(
     """
     if spec.activation.kind == "int8":
         return _int8_linear(inputs, spec, tensors, shape, bias)
-    return functional.linear(inputs, dequantize(spec, tensors, shape, inputs.dtype), bias)
+    weight = dequantize(spec, tensors, shape, inputs.dtype)
+    if spec.activation.kind == "none":
+        return functional.linear(inputs, weight, bias)
+    outputs = functional.linear(round_inputs(inputs, spec.activation, tensors), weight, bias)
+    return round_outputs(outputs, spec.activation, tensors)
 
 
 def quantize_rows(inputs: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,16 +181,22 @@ def int8_matmul(left: Tensor, right: Tensor) -> Tensor:
     return torch._int_mm(padded, weights.t())[:rows, : right.shape[0]]
 
 
-def _decode_scales(name: str, second: SecondLevel | None, tensors: Mapping[str, Tensor]) -> Tensor:
+def _decode_scales(
+    name: str, second: SecondLevel | None, tensors: Mapping[str, Tensor], counts: tuple[int, ...]
+) -> Tensor:
     stored = tensors[name]
     if second is None:
         return stored
+    if second.kind == "integer" and second.bits < 8:
+        stored = unpack(stored, second.bits, counts[-1])
+        stored = sign_extend(stored, second.bits) if second.signed else stored
     if second.kind == "table":
         first = functional.embedding(stored.to(torch.int32), tensors[f"super_{name}_table"].unsqueeze(-1)).squeeze(-1)
     else:
         first = stored.float()
     supers = tensors[f"super_{name}"].float().repeat_interleave(second.size or stored.numel())[: stored.numel()]
-    decoded = first * supers.view_as(first)
+    supers = supers.view_as(first)
+    decoded = first / supers if second.divides else first * supers
     return decoded + tensors[f"super_{name}_offset"] if second.offset else decoded
 
 
@@ -179,6 +204,8 @@ def _expand(per_group: Tensor, spec: QuantSpec, tensors: Mapping[str, Tensor], s
     """One number per group, made broadcastable to ``[out, in]``."""
     out_features, in_features = shape
     grouping = spec.grouping
+    if grouping.strided:
+        return per_group.repeat(grouping.cols)[: out_features * in_features].view(shape)
     if grouping.flat:
         return per_group.repeat_interleave(grouping.cols)[: out_features * in_features].view(shape)
     if grouping.rows > 1:

@@ -12,7 +12,8 @@ from lowbit.core import Kept, Plan, QuantSpec
 from lowbit.errors import PlanError
 from lowbit.nn.swap import is_linear, linear_shape
 
-Refusal = Callable[[QuantSpec, tuple[int, int]], str | None]
+Choice = Callable[[str, tuple[int, int]], QuantSpec | Kept]
+Refusal = Callable[[str, QuantSpec, tuple[int, int]], str | None]
 _PLAIN = re.compile(r"[\w.\-]+")
 _GLOB = re.compile(r"[\w.\-*?]+")
 # A repeated group that itself repeats or branches can take exponential time to fail.
@@ -22,7 +23,7 @@ _PATTERN_LIMIT = 1000
 
 def plan_model(
     model: nn.Module,
-    spec: QuantSpec,
+    spec: QuantSpec | Choice,
     *,
     skip: Iterable[str] = (),
     keep: dict[str, str] | None = None,
@@ -31,10 +32,11 @@ def plan_model(
     """Decide what happens to every weight of two or more dimensions.
 
     Args:
-        spec: for the weights that are quantized.
+        spec: for the weights that are quantized; or a function of a module's name and its weight's shape that gives it,
+            or the reason why this weight stays dense.
         skip: patterns of modules that stay dense, see :func:`matches`; they add to `keep`.
         keep: modules that stay dense by default, each with the reason (:func:`default_keep`).
-        refusal: says why a weight of a spec and shape can't be stored, or None.
+        refusal: says why the weight of a module, of a spec and shape, can't be stored, or None.
 
     Raises:
         PlanError: a pattern is not usable, or nothing at all would be quantized.
@@ -125,7 +127,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _fate(
     name: str,
     shape: tuple[int, int],
-    spec: QuantSpec,
+    choice: QuantSpec | Choice,
     patterns: Sequence[str],
     keep: dict[str, str],
     refusal: Refusal | None,
@@ -134,7 +136,8 @@ def _fate(
         return Kept(keep[name])
     if pattern := matches(name, patterns):
         return Kept(f"skipped by '{pattern}'")
-    if reason := refusal and refusal(spec, shape):
+    spec = choice if isinstance(choice, QuantSpec) else choice(name, shape)
+    if isinstance(spec, QuantSpec) and (reason := refusal and refusal(name, spec, shape)):
         return Kept(reason)
     return spec
 

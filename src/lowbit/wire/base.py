@@ -29,6 +29,9 @@ class Wire(abc.ABC, Generic[Settings]):
         quant_method: what ``quantization_config.quant_method`` calls the format.
         suffixes: the names that a weight's tensors have behind the module's name; all that may occur.
         marker: the suffix whose presence says that a module is quantized.
+
+    Three methods serve conversion: :meth:`settings_for` and :meth:`spelling` say how another format's weight would be
+    spelled here, :meth:`join` makes one checkpoint of many weights.
     """
 
     name: ClassVar[str]
@@ -51,6 +54,51 @@ class Wire(abc.ABC, Generic[Settings]):
     @abc.abstractmethod
     def config(self, settings: Settings) -> dict[str, Any]:
         """The ``quantization_config`` that the original library would write."""
+
+    def bind(self, settings: Settings, metadata: Mapping[str, str]) -> Settings:
+        """The settings completed by what the headers of the weights' files say (their ``__metadata__``, merged)."""
+        del metadata
+        return settings
+
+    def metadata(
+        self, settings: Settings, weights: Mapping[str, tuple[QuantSpec, tuple[int, int]]], others: Collection[str]
+    ) -> dict[str, str]:
+        """What the headers have to say of a checkpoint with these packed weights (by module) and other tensors."""
+        del settings, weights, others
+        return {}
+
+    def of(self, settings: Settings, module: str) -> Settings:
+        """The settings of one module, for formats that hold several; every other method takes these."""
+        del module
+        return settings
+
+    def settings_for(self, spec: QuantSpec) -> Settings:
+        """The settings under which a weight of `spec` is written, if need be in another spelling of the same numbers.
+
+        Raises:
+            FormatError: the format has nothing of the kind; says what it has.
+        """
+        raise FormatError(f"the format '{self.name}' can't be converted to", found=spec)
+
+    def spelling(self, settings: Settings, spec: QuantSpec) -> QuantSpec:
+        """The spec nearest to `spec` that :meth:`write` takes under these settings (of one module)."""
+        del spec
+        return self.spec(settings)
+
+    def join(self, settings: Mapping[str, Settings], kept: Collection[str]) -> Settings:
+        """One checkpoint's settings from those of its modules; `kept` are the linear layers that stay dense.
+
+        Raises:
+            FormatError: modules differ in what the format says once for all.
+        """
+        del kept
+        first, *others = settings.values()
+        for module, other in zip(list(settings)[1:], others, strict=True):
+            if other != first:
+                raise FormatError(
+                    f"'{self.name}' has one layout for all weights", tensor=module, found=other, expected=first
+                )
+        return first
 
     @abc.abstractmethod
     def spec(self, settings: Settings) -> QuantSpec:

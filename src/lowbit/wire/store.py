@@ -91,6 +91,13 @@ class CheckpointFiles:
         view = self._reader(self._files[name]).get_slice(name)
         return tuple(view.get_shape()), view.get_dtype()
 
+    def metadata(self) -> dict[str, str]:
+        """What the files' headers say beside their tensors, merged."""
+        merged: dict[str, str] = {}
+        for path in dict.fromkeys(self._files.values()):
+            merged |= self._reader(path).metadata() or {}
+        return merged
+
     def file_of(self, name: str) -> Path:
         return self._files[name]
 
@@ -156,8 +163,8 @@ class CheckpointFiles:
         return self._readers[path]
 
 
-def header_names(path: Path) -> list[str]:
-    """The names of the tensors in one file.
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors in one file, and what its header says beside them.
 
     Raises:
         FormatError: the file is pickled, or not a valid safetensors file.
@@ -169,7 +176,8 @@ def header_names(path: Path) -> list[str]:
             found=path.suffix,
             expected=".safetensors",
         )
-    return list(_open(path).keys())
+    file = _open(path)
+    return list(file.keys()), file.metadata() or {}
 
 
 def _open(path: Path) -> Any:
@@ -191,43 +199,58 @@ class Checkpoint:
         format: the wire's name.
         weights: the quantized weights by module name, each read when asked for.
         config: the ``quantization_config`` as stored.
+        files: the files; ``files.tensor(name)`` reads one tensor as it is stored.
+        wire: that reads and writes the format.
+        settings: of the wire, for the whole checkpoint.
     """
 
     def __init__(self, files: CheckpointFiles, wire: Wire[Any], config: Mapping[str, Any]) -> None:
-        self.format, self.config = wire.name, config
-        self._files, self._wire = files, wire
+        self.format, self.config, self.files, self.wire = wire.name, config, files, wire
         self._modules = quantized_modules(files.names(), wire)
-        self.weights: Mapping[str, QuantTensor] = _LazyWeights(files, wire, wire.parse(config), self._modules)
+        self.settings = wire.bind(wire.parse(config), files.metadata())
+        self.weights: Mapping[str, QuantTensor] = _LazyWeights(files, wire, self.settings, self._modules)
+
+    @property
+    def dense(self) -> list[str]:
+        """The names of the tensors that belong to no quantized weight."""
+        owned = {f"{module}.{suffix}" for module in self._modules for suffix in self.wire.suffixes}
+        return [name for name in self.files.names() if name not in owned]
 
     @functools.cached_property
     def plan(self) -> Plan:
         """What is quantized and what was kept; reads every packed weight once, since their specs are in the tensors."""
-        return _plan(self._files, self._wire, self.weights, self._modules)
+        entries: dict[str, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module, tensor in self.weights.items():
+            entries[module], shapes[module] = tensor.spec, tensor.shape
+        for name in self.dense:
+            shape, dtype = self.files.layout(name)
+            if len(shape) >= 2:
+                module = name.removesuffix(".weight")
+                entries[module], shapes[module] = Kept(f"stored dense ({dtype.lower()})"), shape
+        return Plan(entries, shapes)
 
 
 class _LazyWeights(Mapping[str, QuantTensor]):
     def __init__(self, files: CheckpointFiles, wire: Wire[Any], settings: Any, modules: list[str]) -> None:
-        self._files, self._wire, self._settings, self._modules = files, wire, settings, modules
+        self._files, self._wire, self._settings = files, wire, settings
+        present = set(files.names())
+        self._suffixes = {
+            module: [suffix for suffix in wire.suffixes if f"{module}.{suffix}" in present] for module in modules
+        }
 
     def __getitem__(self, module: str) -> QuantTensor:
-        if module not in self._modules:
-            raise KeyError(module)
-        present = set(self._files.names())
-        tensors = {
-            suffix: self._files.tensor(f"{module}.{suffix}")
-            for suffix in self._wire.suffixes
-            if f"{module}.{suffix}" in present
-        }
+        tensors = {suffix: self._files.tensor(f"{module}.{suffix}") for suffix in self._suffixes[module]}
         try:
-            return self._wire.read(self._settings, tensors)
+            return self._wire.read(self._wire.of(self._settings, module), tensors)
         except FormatError as error:
             raise error.inside(module, str(self._files.file_of(f"{module}.{self._wire.marker}"))) from error
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(self._suffixes)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._suffixes)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -261,18 +284,3 @@ def quantized_modules(names: list[str], wire: Wire[Any]) -> list[str]:
     """The modules whose weights are stored in `wire`, in the order of the files."""
     ending = f".{wire.marker}"
     return [name.removesuffix(ending) for name in names if name.endswith(ending)]
-
-
-def _plan(files: CheckpointFiles, wire: Wire[Any], weights: Mapping[str, QuantTensor], modules: list[str]) -> Plan:
-    owned = {f"{module}.{suffix}" for module in modules for suffix in wire.suffixes}
-    entries: dict[str, Any] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for module in modules:
-        tensor = weights[module]
-        entries[module], shapes[module] = tensor.spec, tensor.shape
-    for name in files.names():
-        shape, dtype = files.layout(name)
-        if name not in owned and len(shape) >= 2:
-            module = name.removesuffix(".weight")
-            entries[module], shapes[module] = Kept(f"stored dense ({dtype.lower()})"), shape
-    return Plan(entries, shapes)

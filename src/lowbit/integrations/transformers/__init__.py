@@ -1,7 +1,9 @@
 """Transformers: `register` hands it our quantizers; the Auto classes use them without registering anything."""
 
 from lowbit.integrations.transformers.auto import auto_class
-from lowbit.integrations.transformers.configs import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from lowbit.integrations.transformers.methods.awq import AwqConfig
+from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
+from lowbit.integrations.transformers.methods.gptq import GPTQConfig
 from lowbit.integrations.transformers.recipe import Recipe
 from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
 

@@ -16,16 +16,12 @@ from transformers.quantizers import auto as hf_auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import FormatError, LowbitError, PlanError
-from lowbit.integrations.transformers.configs import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from lowbit.integrations.transformers.methods import method_of
+from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
-from lowbit.wire.bitsandbytes import is_bitsandbytes
 from lowbit.wire.store import sidecar_config
 
 _METHOD = "lowbit"
-_CONFIG_CLASSES: dict[str, type[Any]] = {"bitsandbytes": BitsAndBytesConfig, "gptq": GPTQConfig, "awq": AwqConfig}
-# Arguments of a quantization config that say how to run or how it was made, not what is stored; a caller may differ
-# from the file in these.
-_NOT_STORED = {"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "kernel_version", "meta"}
 
 
 class _Carried(QuantizationConfigMixin):
@@ -124,10 +120,9 @@ def _requested_config(kwargs: dict[str, Any]) -> Any:
 
 def _as_object(data: dict[str, Any]) -> Any:
     """A config object from a dict, as it stands in config.json."""
-    method = "bitsandbytes" if is_bitsandbytes(data) else data.get("quant_method")
-    config_class = _CONFIG_CLASSES.get(str(method), hf_auto.AutoQuantizationConfig)
+    method = method_of(data)
     try:
-        return config_class.from_dict({**data, "quant_method": method})
+        return method.config_class.from_dict({**data, "quant_method": method.name})
     except (TypeError, ValueError) as error:
         raise FormatError(f"quantization_config is not valid: {error}", found=repr(data)[:200]) from error
 
@@ -197,10 +192,10 @@ def _check_same(stored: Any, requested: Any) -> None:
             f"the checkpoint is quantized with {stored.quant_method}, and {requested.quant_method} is asked for"
         )
     given, have = requested.to_dict(), stored.to_dict()
-    default = _defaults(requested)
+    default, not_stored = _defaults(requested), method_of(stored).not_stored
     for name, value in given.items():
         left_alone = name in default and value == default[name]
-        if name in _NOT_STORED or name not in have or value == have[name] or left_alone:
+        if name in not_stored or name not in have or value == have[name] or left_alone:
             continue
         raise PlanError(f"the checkpoint is stored with {name}={have[name]!r}, and {name}={value!r} is asked for")
 
@@ -213,7 +208,7 @@ def _defaults(config: Any) -> dict[str, Any]:
 
 
 def _default_dtype(carried: _Carried, kwargs: dict[str, Any]) -> None:
-    """bitsandbytes on the fly and AWQ have always brought the other weights to fp16 unless told otherwise."""
-    on_the_fly = carried.inner.quant_method == "bitsandbytes" and not carried.pre_quantized
-    if on_the_fly or carried.inner.quant_method == "awq":
-        kwargs.setdefault("dtype", "float16")
+    """Some methods have always brought the other weights to a dtype of their own unless told otherwise."""
+    default = method_of(carried.inner).default_dtype(carried.pre_quantized)
+    if default is not None:
+        kwargs.setdefault("dtype", default)

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from lowbit.errors import FormatError
 from lowbit.nn.swap import is_linear, linear_shape
 from lowbit.wire import Wire
-from lowbit.wire.store import header_names
+from lowbit.wire.store import read_header
 
 _LISTED = 8
 
@@ -23,6 +23,8 @@ class Inventory:
 
     Attributes:
         packed: the model's modules whose weights are stored packed.
+        stored: what the files call each of them.
+        metadata: what the files' headers say beside their tensors, merged.
         dense: the model's parameters that are stored as they are.
 
     Raises:
@@ -56,7 +58,12 @@ class Inventory:
             )
 
     def _load_names(self) -> None:
-        names = [name for file in self.files for name in header_names(file)]
+        names: list[str] = []
+        self.metadata: dict[str, str] = {}
+        for file in self.files:
+            found, metadata = read_header(file)
+            names += found
+            self.metadata |= metadata
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._mergers = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -72,7 +79,8 @@ class Inventory:
         owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
         others = [name for name in names if name not in owned]
         self.wire.check_names(others)
-        self.packed = [name for name in map(self._module_of, stored) if name is not None]
+        self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
+        self.packed = list(self.stored)
         self.dense = {target for name in others for target in self._targets(name)}
 
     def _module_of(self, stored: str) -> str | None:

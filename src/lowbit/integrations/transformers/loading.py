@@ -45,7 +45,7 @@ class ReadPacked(ConversionOps):
         tensors = {self.suffixes[pattern]: values[0] for pattern, values in input_dict.items()}
         recipe = self.hf_quantizer.recipe
         try:
-            tensor = recipe.wire.read(recipe.settings, tensors)
+            tensor = recipe.wire.read(recipe.settings_of(self.hf_quantizer.stored_name(name)), tensors)
             if tensor.shape != layer.shape:
                 raise FormatError(
                     "the weight is not the module's", found=list(tensor.shape), expected=list(layer.shape)
@@ -71,15 +71,14 @@ class QuantizeDense(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         value = next(iter(input_dict.values()))
         weight: Tensor = value[0] if isinstance(value, list) else value
-        recipe, dense = self.hf_quantizer.recipe, model.get_submodule(name)
+        quantizer, dense = self.hf_quantizer, model.get_submodule(name)
         try:
             oriented = weight.T if is_conv1d(dense) else weight
-            tensor = recipe.algorithm.quantize(oriented, recipe.spec_for(weight.dtype))
+            tensor = quantizer.recipe.algorithm.quantize(oriented, quantizer.planned(name, weight.dtype))
         except LowbitError as error:
             raise self.hf_quantizer.note(type(error)(f"{name}: {error}")) from error
         bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
-        layer = self.hf_quantizer.make_layer(tensor.shape, bias, weight.dtype)
-        layer.allocate(tensor.spec)
+        layer = quantizer.make_layer(tensor.spec, tensor.shape, bias, weight.dtype)
         layer.train(dense.training)
         model.set_submodule(name, layer)
         if missing_keys is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from transformers import __version__ as transformers_version
 from transformers.quantizers.base import HfQuantizer
 
-from lowbit.core import Kept, Plan, dtypes
+from lowbit.core import Kept, Plan, QuantSpec, dtypes
 from lowbit.errors import LowbitError, PlanError
 from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_host
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
-from lowbit.integrations.transformers.recipe import make_recipe, sign, warn_uncalibrated
+from lowbit.integrations.transformers.methods import make_recipe, method_of
 from lowbit.nn import QuantLinear, plan_model
 from lowbit.nn.planning import default_keep
 from lowbit.nn.swap import dense_linear
@@ -33,11 +34,12 @@ class LowbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
-            sign(quantization_config)
+            method_of(quantization_config).prepare(quantization_config)
         self.recipe = make_recipe(quantization_config)
         self.plan: Plan | None = None
         self.errors: list[LowbitError] = []
         self._converters: list[Any] = []
+        self._stored: dict[str, str] = {}
 
     # ---------------------------------------------------------------- before the weights
 
@@ -53,8 +55,27 @@ class LowbitQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         return device_map
 
-    def make_layer(self, shape: tuple[int, int], bias: nn.Parameter | None, dtype: torch.dtype) -> QuantLinear:
-        return QuantLinear(self.recipe.spec, shape, bias=bias, compute_dtype=self.recipe.compute_dtype, dtype=dtype)
+    def make_layer(
+        self, spec: QuantSpec, shape: tuple[int, int], bias: nn.Parameter | None, dtype: torch.dtype
+    ) -> QuantLinear:
+        return QuantLinear(spec, shape, bias=bias, compute_dtype=self.recipe.compute_dtype, dtype=dtype)
+
+    def stored_name(self, module: str) -> str:
+        """What the checkpoint's files call a module of the model."""
+        return self._stored.get(module, module)
+
+    def planned(self, module: str, dtype: torch.dtype) -> QuantSpec:
+        """The spec that the plan gives to a module that is quantized on the fly, for a weight of `dtype`."""
+        if self.plan is None:
+            raise PlanError("the model has no plan yet")
+        spec = self.recipe.spec_for(module, self._shape(module), dtype)
+        return spec if isinstance(spec, QuantSpec) else self.plan.quantized[module]
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        if self.plan is None:
+            raise PlanError("the model has no plan yet")
+        rows, cols = self.plan.shapes[module]
+        return rows, cols
 
     def note(self, error: LowbitError) -> LowbitError:
         """Remember an error that the loader will wrap into its own report."""
@@ -73,17 +94,20 @@ class LowbitQuantizer(HfQuantizer):
         """Make a packed layer of every module whose weight is packed in the files; check that nothing is missing."""
         inventory = Inventory(model, self.recipe.wire, checkpoint_files)
         inventory.check_complete()
+        recipe = self.recipe
+        self.recipe = replace(recipe, settings=recipe.wire.bind(recipe.settings, inventory.metadata))
+        self._stored = inventory.stored
         for name in inventory.packed:
             dense = model.get_submodule(name)
             bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
-            layer = self.make_layer(inventory.shape(name), bias, dtype)
+            spec = self.recipe.spec_of(inventory.stored[name])
+            layer = self.make_layer(spec, inventory.shape(name), bias, dtype)
             model.set_submodule(name, layer)
         self._converters = read_converters(
             self, self.recipe.wire.suffixes, inventory.packed, getattr(model, "base_model_prefix", "")
         )
 
     def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
-        warn_uncalibrated(self.quantization_config)
         recipe = self.recipe
         keep = default_keep(model)
         if recipe.only_blocks:
@@ -92,10 +116,10 @@ class LowbitQuantizer(HfQuantizer):
             keep |= _dense_on_cpu(model, device_map)
         self.plan = plan_model(
             model,
-            recipe.spec_for(dtype),
+            lambda name, shape: recipe.spec_for(name, shape, dtype),
             skip=recipe.skip,
             keep=keep,
-            refusal=lambda spec, shape: recipe.wire.refusal(recipe.settings, spec, shape),
+            refusal=recipe.refusal,
         )
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -107,10 +131,9 @@ class LowbitQuantizer(HfQuantizer):
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element once loaded, so that automatic placement counts packed weights as they will be."""
-        if not self.pre_quantized and self.param_needs_quantization(model, param_name):
-            spec = self.recipe.spec
-            rows, cols = param.shape
-            layout = spec.tensors((rows, cols)).values()
+        if not self.pre_quantized and self.plan is not None and self.param_needs_quantization(model, param_name):
+            module = param_name.rpartition(".")[0]
+            layout = self.plan.quantized[module].tensors(self._shape(module)).values()
             return float(sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout)) / param.numel()
         return param.element_size()
 
@@ -164,11 +187,13 @@ class LowbitQuantizer(HfQuantizer):
         packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
         owned = {f"{name}.{part}" for name, layer in packed.items() for part in layer.packed_names}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned}
+        others, recipe = list(state), self.recipe
         for name, layer in packed.items():
             with on_host(layer):
-                tensors = self.recipe.wire.write(self.recipe.settings, layer.quant_tensor())
+                tensors = recipe.wire.write(recipe.settings_of(self.stored_name(name)), layer.quant_tensor())
             state |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        return state, {}
+        specs = {name: (layer.spec, layer.shape) for name, layer in packed.items()}
+        return state, recipe.wire.metadata(recipe.settings, specs, others)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving a model turns its config's dtype, the default here, into a string.

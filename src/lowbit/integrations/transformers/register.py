@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from transformers.quantizers import auto
 
-from lowbit.integrations.transformers.configs import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from lowbit.integrations.transformers.methods import METHODS, add_method, remove_method
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
-from lowbit.integrations.transformers.recipe import RecipeMaker, set_recipe_maker
+from lowbit.integrations.transformers.recipe import Method, Recipe
 
-# Transformers' own keys; bitsandbytes has two, by the flags in its config.
-METHODS: Final[dict[str, type[Any]]] = {
-    "bitsandbytes_4bit": BitsAndBytesConfig,
-    "bitsandbytes_8bit": BitsAndBytesConfig,
-    "gptq": GPTQConfig,
-    "awq": AwqConfig,
+# Transformers' own keys.
+_KEYS: Final[dict[str, type[Any]]] = {
+    key: method.config_class for method in METHODS.values() for key in method.keys or (method.name,)
 }
 _originals: dict[str, tuple[Any, Any]] = {}
 
 
 def register() -> None:
     """Make plain ``transformers.Auto*.from_pretrained`` load and quantize with lowbit; calling it twice is harmless."""
-    for method, config_class in METHODS.items():
+    for method, config_class in _KEYS.items():
         if method not in _originals:
             _originals[method] = (
                 auto.AUTO_QUANTIZER_MAPPING.get(method),
@@ -40,7 +38,7 @@ def unregister() -> None:
         _restore(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, config_class)
 
 
-def register_method(quant_method: str, config_class: type[Any], make_recipe: RecipeMaker) -> None:
+def register_method(quant_method: str, config_class: type[Any], make_recipe: Callable[[Any], Recipe]) -> None:
     """Add a quantization method of your own to Transformers and lowbit.
 
     Args:
@@ -55,15 +53,15 @@ def register_method(quant_method: str, config_class: type[Any], make_recipe: Rec
         raise ValueError(f"Transformers has a quantization method '{quant_method}' already")
     auto.AUTO_QUANTIZER_MAPPING[quant_method] = LowbitQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[quant_method] = config_class
-    set_recipe_maker(quant_method, make_recipe)
+    add_method(Method(quant_method, config_class, lambda config, data: make_recipe(config)))
 
 
 def unregister_method(quant_method: str) -> None:
     """Take a method back that :func:`register_method` added."""
-    if auto.AUTO_QUANTIZER_MAPPING.get(quant_method) is LowbitQuantizer and quant_method not in METHODS:
+    if auto.AUTO_QUANTIZER_MAPPING.get(quant_method) is LowbitQuantizer and quant_method not in _KEYS:
         del auto.AUTO_QUANTIZER_MAPPING[quant_method]
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(quant_method, None)
-        set_recipe_maker(quant_method, None)
+        remove_method(quant_method)
 
 
 def _restore(mapping: dict[str, Any], method: str, original: Any) -> None:

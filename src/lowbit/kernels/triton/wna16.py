@@ -80,7 +80,7 @@ class Wna16Kernel(Kernel):
             (spec.scale.second is None, "runs one level of scales"),
             (spec.scale.multiplier == 1.0, "runs scales without a multiplier"),
             (spec.scale.dtype in _DENSE, f"runs 16- and 32-bit scales, not {spec.scale.dtype}"),
-            (grouping.rows == 1 and not grouping.flat, f"runs groups along one row, not {grouping}"),
+            (grouping.rows == 1 and not grouping.linear, f"runs groups along one row, not {grouping}"),
             (not grouped or grouping.cols % 8 == 0, f"runs groups of a multiple of 8, not {grouping.cols}"),
             (spec.activation.kind == "none", f"leaves activations alone; this wants {spec.activation}"),
             (spec.rounding == "once", "rounds once, at the end"),

@@ -1,30 +1,23 @@
-"""Transformers' quantization configs, with the arguments that it has dropped and the values that it no longer takes.
-
-Each class is a subclass of Transformers' own, under the same name, so that either may be passed wherever one is wanted.
-"""
+"""GPTQ, and the hints that older versions of its config give to kernels."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 
+from lowbit.algorithms import RoundToNearest
 from lowbit.errors import FormatError
+from lowbit.integrations.transformers.recipe import Method, Recipe
+from lowbit.wire import wire_named
 
 _EXLLAMA_VERSIONS = (1, 2)
-_AWQ_KERNEL_NAMES = ("exllama", "ipex", "marlin")
 _MODULE_NAME = re.compile(r"[\w.\-]+")
-
-
-class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
-    """`transformers.BitsAndBytesConfig`; an integer `llm_int8_threshold` is taken as the number that it is."""
-
-    def __init__(self, *args: Any, llm_int8_threshold: float = 6.0, **kwargs: Any) -> None:
-        if type(llm_int8_threshold) is int:
-            llm_int8_threshold = float(llm_int8_threshold)
-        super().__init__(*args, llm_int8_threshold=llm_int8_threshold, **kwargs)  # type: ignore[misc]
+_LAYOUT = ("bits", "group_size", "sym", "desc_act")  # what GPTQModel's `dynamic` may change that files depend on
 
 
 class GPTQConfig(transformers.GPTQConfig):
@@ -57,7 +50,7 @@ class GPTQConfig(transformers.GPTQConfig):
             raise ValueError("give use_exllama or disable_exllama, not both")
         if disable_exllama is not None:
             use_exllama = not disable_exllama
-        _check_exllama(exllama_config)
+        check_exllama(exllama_config)
         _check_left_out(modules_to_not_convert, dynamic)
         super().__init__(bits, *args, **kwargs)
         self.use_exllama = use_exllama
@@ -78,32 +71,8 @@ class GPTQConfig(transformers.GPTQConfig):
         return data
 
 
-class AwqConfig(transformers.AwqConfig):
-    """`transformers.AwqConfig` with the versions ``exllama``, ``marlin`` and ``ipex``: kernels for gemm files.
-
-    The arguments of fused modules (`do_fuse`, `fuse_max_seq_len`, `modules_to_fuse`) are checked as they were; fusing
-    itself is not implemented, which a warning says.
-
-    Raises:
-        ValueError: `do_fuse` without `fuse_max_seq_len`, incomplete `modules_to_fuse`, or a wrong exllama version.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _check_exllama(kwargs.pop("exllama_config", None))
-        _check_fusing(kwargs)
-        spelled = kwargs.get("version")
-        self.kernel_version = spelled.lower() if isinstance(spelled, str) else None
-        if self.kernel_version in _AWQ_KERNEL_NAMES:
-            kwargs["version"] = "gemm"
-        super().__init__(*args, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = super().to_dict()
-        data.pop("kernel_version", None)
-        return data
-
-
-def _check_exllama(config: dict[str, Any] | None) -> None:
+def check_exllama(config: dict[str, Any] | None) -> None:
+    """Raise a ValueError for an `exllama_config` of no known version."""
     if config is not None and config.get("version") not in _EXLLAMA_VERSIONS:
         raise ValueError(f"exllama_config needs a 'version' of 1 or 2, not {config!r}")
 
@@ -117,24 +86,61 @@ def _check_left_out(modules: Any, dynamic: Any) -> None:
         raise FormatError("dynamic maps patterns to objects", found=repr(dynamic)[:80])
 
 
-def _check_fusing(kwargs: dict[str, Any]) -> None:
-    modules = kwargs.pop("modules_to_fuse", None)
-    length = kwargs.pop("fuse_max_seq_len", None)
-    if not kwargs.pop("do_fuse", modules is not None):
-        return
-    if length is None:
-        raise ValueError("fused modules need fuse_max_seq_len: the length of the context and of what is generated")
-    required = {
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "mlp",
-        "attention",
-        "layernorm",
-        "use_alibi",
-    }
-    if modules is not None and (missing := required - set(modules)):
-        raise ValueError(f"modules_to_fuse lacks {sorted(missing)}")
-    warnings.warn(
-        "fused AWQ modules are not implemented yet: the model runs unfused, with the same results", stacklevel=4
+def recipe(config: Any, data: Mapping[str, Any]) -> Recipe:
+    """A GPTQ config, understood."""
+    wire = wire_named("gptq")
+    settings = wire.parse(data)
+    return Recipe(
+        wire=wire,
+        settings=settings,
+        algorithm=RoundToNearest(symmetric=settings.symmetric),
+        skip=(*(data.get("modules_to_not_convert") or ()), *_excluded(data)),
+        kernel="torch" if getattr(config, "use_exllama", None) is False else None,
+        only_blocks=True,
     )
+
+
+def _excluded(data: Mapping[str, Any]) -> list[str]:
+    """The patterns of modules that GPTQModel's ``dynamic`` leaves dense.
+
+    Raises:
+        FormatError: it gives some modules another layout.
+    """
+    rules = data.get("dynamic") or {}
+    for pattern, changes in rules.items():
+        if not pattern.startswith("-:") and any(changes.get(key, data.get(key)) != data.get(key) for key in _LAYOUT):
+            raise FormatError(
+                "modules with settings of their own are not supported yet", found=f"dynamic: {pattern}"[:80]
+            )
+    # There a match may end anywhere in the name.
+    return [f"(?:{pattern[2:]}).*" for pattern in rules if pattern.startswith("-:")]
+
+
+def prepare(config: Any) -> None:
+    """Name lowbit as the writer of a new GPTQ checkpoint: readers tell the dialect of its zero points by that.
+
+    Warns that a dataset was given, since calibration isn't there yet.
+    """
+    if getattr(config, "meta", None) is None:
+        config.meta = {"quantizer": [f"lowbit:{_version('lowbit')}"]}
+    if getattr(config, "dataset", None) is not None:
+        warnings.warn(
+            "calibrated GPTQ is not implemented yet: the weights are rounded to nearest and the dataset is not used",
+            stacklevel=2,
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+METHOD = Method(
+    "gptq",
+    GPTQConfig,
+    recipe,
+    prepare=prepare,
+    not_stored=frozenset({"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "meta"}),
+)

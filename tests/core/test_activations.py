@@ -1,0 +1,91 @@
+"""Rounding of activations: each value against the definition, one number at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.core import Activation, Grouping, IntCode, QuantSpec, Scale
+from lowbit.core.activations import number_range, round_inputs, round_to
+from lowbit.core.reference import dequantize, linear
+
+E2M1 = sorted({sign * value for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0) for sign in (-1, 1)})
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def test_e2m1_is_the_nearest_value_and_ties_go_to_the_even_code() -> None:
+    values = torch.linspace(-6, 6, 4801)
+    for value, rounded in zip(values.tolist(), round_to(values, "float4_e2m1").tolist(), strict=True):
+        best = min(abs(value - entry) for entry in E2M1)
+        assert math.isclose(abs(value - rounded), best, abs_tol=1e-6)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.75])
+    assert round_to(ties, "float4_e2m1").tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -1.0]
+
+
+@pytest.mark.parametrize("number", ["int8", "int4", "float8_e4m3fn", "float8_e5m2", "float4_e2m1"])
+@pytest.mark.parametrize(("per", "size"), [("token", 0), ("tensor", 0), ("group", 16)])
+def test_dynamic_scales_reach_the_largest_number(inputs: Tensor, number: str, per: str, size: int) -> None:
+    policy = Activation("dynamic", number=number, per=per, size=size)
+    rounded = round_inputs(inputs, policy, {})
+    shares = {"token": inputs.flatten(0, 1), "tensor": inputs.reshape(1, -1), "group": inputs.reshape(-1, 16)}[per]
+    scale = shares.abs().amax(-1, keepdim=True) / number_range(number)[1]
+    expected = round_to(shares / scale, number).clamp(*number_range(number)) * scale
+    assert torch.equal(rounded.reshape(shares.shape), expected)
+
+
+def test_asymmetric_covers_the_range_and_keeps_zero(inputs: Tensor) -> None:
+    inputs = inputs.abs()
+    inputs[..., 0] = 0
+    rounded = round_inputs(inputs, Activation("dynamic", symmetric=False), {})
+    step = inputs.amax(-1, keepdim=True) / 255
+    assert bool(((rounded - inputs).abs() <= step / 2 + 1e-6).all())
+    assert bool((rounded[..., 0] == 0).all())
+
+
+def test_a_bound_cuts_off_and_a_floor_holds(inputs: Tensor) -> None:
+    bounded = round_inputs(inputs, Activation("dynamic", number="float8_e4m3fn", bound=1.5), {})
+    assert float(bounded.abs().max()) <= 1.5
+    floor = Activation("dynamic", floor=1.0)
+    assert torch.equal(round_inputs(inputs, floor, {}), torch.round(inputs))
+
+
+def test_mx_scales_are_powers_of_two(inputs: Tensor) -> None:
+    policy = Activation("dynamic", number="float4_e2m1", per="group", size=32, scale_dtype=torch.float8_e8m0fnu)
+    groups = inputs.reshape(-1, 32)
+    scale = torch.exp2(torch.floor(torch.log2(groups.abs().amax(-1, keepdim=True) / 6)))
+    expected = round_to((groups / scale).clamp(-6, 6), "float4_e2m1") * scale
+    assert torch.equal(round_inputs(inputs, policy, {}).reshape(-1, 32), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_static_policy_takes_the_stored_scale(inputs: Tensor, dtype: torch.dtype) -> None:
+    policy = Activation("static", number="int8", per="tensor", symmetric=False)
+    tensors = {"input_scale": torch.tensor([0.05]), "input_zero": torch.tensor([3], dtype=torch.int8)}
+    wide = inputs.to(dtype).float()
+    expected = (((wide / 0.05) + 3).round().clamp(-128, 127) - 3) * torch.tensor(0.05)
+    assert torch.equal(round_inputs(inputs.to(dtype), policy, tensors), expected.to(dtype))
+
+
+def test_a_linear_layer_multiplies_what_the_policy_leaves(inputs: Tensor) -> None:
+    policy = Activation("static", number="int8", per="tensor", outputs=True)
+    spec = QuantSpec(IntCode(8, signed=True), Scale(torch.float32), Grouping.per_channel(), activation=policy)
+    tensors = {
+        "codes": torch.randint(-128, 128, (8, 64), dtype=torch.int8),
+        "scales": torch.rand(8, 1),
+        "input_scale": torch.tensor([0.1]),
+        "output_scale": torch.tensor([2.0]),
+    }
+    weight = dequantize(spec, tensors, (8, 64))
+    rounded = (inputs / 0.1).round().clamp(-128, 127) * torch.tensor(0.1)
+    expected = ((rounded @ weight.T) / 2).round().clamp(-128, 127) * 2
+    assert torch.equal(linear(inputs, spec, tensors, (8, 64)), expected)
+    plain = replace(spec, activation=Activation())
+    assert torch.equal(linear(inputs, plain, tensors, (8, 64)), inputs @ weight.T)
