@@ -1,9 +1,9 @@
 """Running the original libraries in processes of their own.
 
 Some of them change Transformers as soon as they can be imported, and all of them would hide it if lowbit needed them.
-So they are installed into a folder apart (``scripts/install``), which only these processes have on their path. A task is
-a script beside this file, ``original_<library>.py``, that takes a folder and further arguments as words, does its work
-with the original library, and leaves files in the folder: safetensors, JSON, checkpoints.
+So they are installed into a folder apart (``scripts/install``), which only these processes have on their path. A task
+is a script beside this file, ``original_<library>.py``, that takes a folder and further arguments as words, does its
+work with the original library, and leaves files in the folder: safetensors, JSON, checkpoints.
 """
 
 from __future__ import annotations
