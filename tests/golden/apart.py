@@ -9,6 +9,7 @@ work with the original library, and leaves files in the folder: safetensors, JSO
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,8 +23,8 @@ PEERS = Path(os.environ.get("LOWBIT_PEERS", str(Path(sys.prefix) / "peers")))
 
 @functools.cache
 def has(package: str) -> bool:
-    """Whether the original library is installed."""
-    return (PEERS / package).is_dir()
+    """Whether the original library is installed, apart or not."""
+    return (PEERS / package).is_dir() or importlib.util.find_spec(package) is not None
 
 
 def require(*packages: str) -> None:

@@ -14,7 +14,8 @@ gptqmodel 7.7.0     ``pip install --no-deps gptqmodel==7.7.0       the whole pac
                                                                    and sets environment variables
 ==================  =============================================  ================================================
 
-In one go, half a minute to a minute without a cache (the variable is for Pythons that auto-gptq has no wheel for)::
+In one go, half a minute to a minute without a cache (the variable is for Pythons that auto-gptq has no wheel for), into
+a folder apart, as ``scripts/install`` does (see :mod:`apart`)::
 
     BUILD_CUDA_EXT=0 pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.9 gptqmodel==7.7.0 optimum==2.3.0
     pip install defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 pillow pypcre==0.6.4 requests threadpoolctl \
@@ -52,6 +53,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from apart import PEERS
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -66,6 +71,8 @@ class PeerMissing(ImportError):
 
 def package_dir(package: str, distribution: str) -> Path:
     """The folder of an installed top-level package, found without running any of its code."""
+    if (PEERS / package).is_dir():
+        return PEERS / package
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise PeerMissing(f"the original library is not installed: pip install --no-deps {distribution}")
@@ -339,7 +346,7 @@ _WORKER_ENVIRONMENT = {
 def _worker() -> tuple[subprocess.Popen[bytes], BinaryIO]:
     """The process, started on first use (it ends with this one), and the file that has what it says on stderr."""
     log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
-    environment = {**os.environ, **_WORKER_ENVIRONMENT}
+    environment = {**os.environ, "PYTHONPATH": str(PEERS), **_WORKER_ENVIRONMENT}
     command = [sys.executable, str(Path(__file__).resolve())]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment)
     return worker, log

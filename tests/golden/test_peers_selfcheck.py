@@ -5,7 +5,6 @@ No tolerances. A test skips where its library isn't installed; :mod:`peers` says
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))
 
 import make_checkpoints
+import apart
 import peers
 
 BITS = (2, 3, 4, 8)
@@ -26,7 +26,7 @@ PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 def needs(*packages: str) -> pytest.MarkDecorator:
     """Skip where one of these top-level packages is not installed."""
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = [package for package in packages if not apart.has(package)]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 

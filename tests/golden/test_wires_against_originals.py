@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import transformers
 
 import lowbit
 import make_checkpoints
+import apart
 import peers
 from lowbit.algorithms import RoundToNearest, quantize
 from lowbit.core import linear
@@ -27,7 +27,7 @@ PROMPT = "The city of London is the capital of"
 
 
 def needs(package: str, hint: str) -> pytest.MarkDecorator:
-    missing = importlib.util.find_spec(package) is None
+    missing = not apart.has(package)
     return pytest.mark.skipif(missing, reason=f"the original library is not installed: {hint}")
 
 
