@@ -61,7 +61,7 @@ def test_patterns(name: str, pattern: str, hit: bool) -> None:
     assert (matches(name, [pattern]) is not None) == hit
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "((a*)*)*b", "(a|a)*c", "(", "", "x" * 2000])
+@pytest.mark.parametrize("pattern", [r"(a+)\1", "((((a*)*)*)*)*b", "(?i)A", "(", "", "x" * 2000])
 def test_unusable_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(PlanError):
         matches("a" * 60, [pattern])
@@ -141,6 +141,6 @@ def test_conv1d_is_a_transposed_linear_layer() -> None:
     model(torch.arange(5)[None])
 
 
-def test_the_explosive_pattern_check_allows_ordinary_expressions() -> None:
+def test_ordinary_expressions_are_patterns() -> None:
     for pattern in (r"model\.layers\.(1|2)\.mlp", r"(?:encoder|decoder)\..*", r"layers\.\d+\.fc[12]"):
         matches("model.layers.1.mlp", [pattern])

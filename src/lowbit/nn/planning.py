@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from lowbit.core import Kept, Plan, QuantSpec
-from lowbit.errors import PlanError
+from lowbit.core import Kept, Plan, QuantSpec, patterns
+from lowbit.errors import PlanError, SpecError
 from lowbit.nn.swap import is_linear, linear_shape
 
 Choice = Callable[[str, tuple[int, int]], QuantSpec | Kept]
 Refusal = Callable[[str, QuantSpec, tuple[int, int]], str | None]
 _PLAIN = re.compile(r"[\w.\-]+")
 _GLOB = re.compile(r"[\w.\-*?]+")
-# A repeated group that itself repeats or branches can take exponential time to fail.
-_EXPLOSIVE = re.compile(r"\([^()]*[*+|{][^()]*\)[*+{]|\(.*\(.*[*+|{].*\).*\)[*+{]")
 _PATTERN_LIMIT = 1000
 
 
@@ -41,7 +39,7 @@ def plan_model(
     Raises:
         PlanError: a pattern is not usable, or nothing at all would be quantized.
     """
-    patterns, keep = list(skip), keep or {}
+    unwanted, keep = list(skip), keep or {}
     entries: dict[str, QuantSpec | Kept] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
@@ -52,7 +50,7 @@ def plan_model(
             shapes[key] = tuple(parameter.shape)
             if parameter_name == "weight" and is_linear(module):
                 shapes[key] = linear_shape(module)
-                entries[key] = _fate(key, linear_shape(module), spec, patterns, keep, refusal)
+                entries[key] = _fate(key, linear_shape(module), spec, unwanted, keep, refusal)
             else:
                 entries[key] = Kept(keep.get(key) or _not_linear(module, parameter_name, parameter.dim()))
     plan = Plan(entries, shapes)
@@ -92,7 +90,7 @@ def default_keep(model: nn.Module) -> dict[str, str]:
     return keep
 
 
-def matches(name: str, patterns: Sequence[str]) -> str | None:
+def matches(name: str, wanted: Sequence[str]) -> str | None:
     """The first pattern that a module name matches, or None.
 
     A plain name matches itself, everything below it, and as a suffix at a dot (``lm_head``, ``model.layers.0``,
@@ -100,9 +98,9 @@ def matches(name: str, patterns: Sequence[str]) -> str | None:
     regular expression, from the start of the name to a dot or the end.
 
     Raises:
-        PlanError: an expression is invalid or could take exponential time.
+        PlanError: an expression is invalid, or beyond what :mod:`lowbit.core.patterns` matches.
     """
-    for pattern in patterns:
+    for pattern in wanted:
         if _matches(name, pattern):
             return pattern
     return None
@@ -116,25 +114,23 @@ def _matches(name: str, pattern: str) -> bool:
         return f".{name}.".endswith(f".{plain}.") or f"{name}.".startswith(f"{plain}.")
     if _GLOB.fullmatch(pattern) and (fnmatch.fnmatchcase(name, pattern) or pattern[0] in "*?"):
         return fnmatch.fnmatchcase(name, pattern)
-    if _EXPLOSIVE.search(pattern):
-        raise PlanError(f"the module pattern {pattern!r} repeats a repeated group, which can take exponential time")
     try:
-        return re.match(rf"(?:{pattern})(?=\.|$)", name) is not None
-    except re.error as error:
-        raise PlanError(f"the module pattern {pattern!r} is not a regular expression: {error}") from error
+        return patterns.match(rf"(?:{pattern})(?=\.|$)", name)
+    except SpecError as error:
+        raise PlanError(f"the module pattern can't be used: {error}") from error
 
 
 def _fate(
     name: str,
     shape: tuple[int, int],
     choice: QuantSpec | Choice,
-    patterns: Sequence[str],
+    unwanted: Sequence[str],
     keep: dict[str, str],
     refusal: Refusal | None,
 ) -> QuantSpec | Kept:
     if name in keep:
         return Kept(keep[name])
-    if pattern := matches(name, patterns):
+    if pattern := matches(name, unwanted):
         return Kept(f"skipped by '{pattern}'")
     spec = choice if isinstance(choice, QuantSpec) else choice(name, shape)
     if isinstance(spec, QuantSpec) and (reason := refusal and refusal(name, spec, shape)):
