@@ -1,0 +1,18 @@
+"""GGUF: llama.cpp's single-file format; its container and its number types."""
+
+from lowbit.wire.gguf.container import Gguf, GgufFile, TensorInfo, open_gguf
+from lowbit.wire.gguf.types import GgmlType
+from lowbit.wire.gguf.values import Typed, ValueType
+from lowbit.wire.gguf.writer import Entry, write_gguf
+
+__all__ = [
+    "Entry",
+    "GgmlType",
+    "Gguf",
+    "GgufFile",
+    "TensorInfo",
+    "Typed",
+    "ValueType",
+    "open_gguf",
+    "write_gguf",
+]
