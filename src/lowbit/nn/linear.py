@@ -8,10 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.algorithms import quantize
 from lowbit.core import QuantSpec, QuantTensor
+from lowbit.errors import PlanError
 from lowbit.kernels import Problem, kernel_named, ops, select
 
 CANONICAL = "torch"  # the kernel whose layout is the spec's own
+
+
+class PackedWeight(Tensor):
+    """A dense copy of a packed weight; assigning to ``data`` quantizes anew what is assigned.
+
+    Adapters are merged by ``layer.weight.data += delta``, in PEFT and elsewhere. On a plain copy that would be lost
+    without a word. Results of any operation are plain tensors.
+    """
+
+    _layer: QuantLinear
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        return self.as_subclass(Tensor).detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._layer.requantize(value)
 
 
 class QuantLinear(nn.Linear):
@@ -78,8 +99,13 @@ class QuantLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dense weight ``[out, in]``, made anew each time; writing to it changes nothing."""
-        return self.dequantize(self.dense_dtype)
+        """The dense weight ``[out, in]``, made anew each time; assigning to its ``data`` is :meth:`requantize`."""
+        dense = self.dequantize(self.dense_dtype)
+        if torch.compiler.is_compiling():
+            return dense
+        weight = dense.as_subclass(PackedWeight)
+        weight._layer = self
+        return weight
 
     def allocate(self, spec: QuantSpec) -> None:
         """Become an empty layer of `spec` on the meta device; tensors are placed later."""
@@ -95,6 +121,23 @@ class QuantLinear(nn.Linear):
             name: tensor.detach().to(declared[name]) for name, tensor in zip(self._names, self.packed, strict=True)
         }
         return kernel_named(self.kernel).restore(self.spec, self.shape, tensors)
+
+    def requantize(self, weight: Tensor) -> None:
+        """Put another dense weight ``[out, in]`` in this one's place, quantized without calibration to the same spec.
+
+        Raises:
+            PlanError: no algorithm without calibration produces the spec; dequantize the layer instead.
+        """
+        if tuple(weight.shape) != self.shape:
+            raise PlanError(f"a weight of {list(self.shape)} can't become one of {list(weight.shape)}")
+        try:
+            tensor = quantize(weight.detach().to(self.packed[0].device), self.spec)
+        except PlanError as error:
+            raise PlanError(f"{error}: dequantize the model before changing its weights") from error
+        kernel = self.kernel
+        self.kernel = CANONICAL
+        self._place(dict(tensor.tensors))
+        self.select_kernel(kernel)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         return ops.dequantize(self.packed, self.spec_key, self.kernel, self.out_features, self.in_features, dtype)

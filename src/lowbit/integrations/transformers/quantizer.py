@@ -149,6 +149,9 @@ class LowbitQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         self._forget_converters(model)
+        # PEFT switches gradient checkpointing on, and leaves scales as they are, for methods that it knows by name and
+        # for what carries this flag.
+        model.hqq_quantized = True
         for layer in _quant_layers(model):
             layer.select_kernel(self.recipe.kernel)
         if self.plan is None:
