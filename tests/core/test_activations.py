@@ -57,12 +57,38 @@ def test_a_bound_cuts_off_and_a_floor_holds(inputs: Tensor) -> None:
     assert torch.equal(round_inputs(inputs, floor, {}), torch.round(inputs))
 
 
-def test_mx_scales_are_powers_of_two(inputs: Tensor) -> None:
-    policy = Activation("dynamic", number="float4_e2m1", per="group", size=32, scale_dtype=torch.float8_e8m0fnu)
+@pytest.mark.parametrize(("number", "exponent"), [("float4_e2m1", 2), ("float8_e4m3fn", 8)])
+def test_mx_scales_are_powers_of_two(inputs: Tensor, number: str, exponent: int) -> None:
+    policy = Activation("dynamic", number=number, per="group", size=32, scale_dtype=torch.float8_e8m0fnu)
     groups = inputs.reshape(-1, 32)
-    scale = torch.exp2(torch.floor(torch.log2(groups.abs().amax(-1, keepdim=True) / 6)))
-    expected = round_to((groups / scale).clamp(-6, 6), "float4_e2m1") * scale
-    assert torch.equal(round_inputs(inputs, policy, {}).reshape(-1, 32), expected)
+    for group, rounded in zip(groups, round_inputs(inputs, policy, {}).reshape(-1, 32), strict=True):
+        mantissa, power = math.frexp(float(group.abs().max()))  # the mantissa is in [0.5, 1)
+        scale = 2.0 ** (power - 1 + (2 * mantissa >= 1.75) - exponent)
+        low, high = number_range(number)
+        assert torch.equal(rounded, round_to((group / scale).clamp(low, high), number) * scale)
+
+
+def test_two_level_scales_are_e4m3_relative_to_the_stored_one(inputs: Tensor) -> None:
+    policy = Activation(
+        "dynamic", number="float4_e2m1", per="group", size=16, scale_dtype=torch.float8_e4m3fn, rounding="each"
+    )
+    inputs = inputs.to(torch.bfloat16)
+    inputs[..., :16] = 0
+    shared = torch.tensor([37.0])
+    groups = inputs.reshape(-1, 16)
+    first = (groups.abs().amax(-1, keepdim=True) / 6).float() * shared
+    scale = first.to(torch.float8_e4m3fn).float() / shared
+    expected = torch.where(scale == 0, 0, round_to((groups.float() / scale).clamp(-6, 6), "float4_e2m1") * scale)
+    rounded = round_inputs(inputs, policy, {"input_global_scale": shared})
+    assert torch.equal(rounded.reshape(-1, 16), expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rounding", ["once", "each"])
+def test_a_row_of_zeros_stays_zero(symmetric: bool, dtype: torch.dtype, rounding: str) -> None:
+    policy = Activation("dynamic", symmetric=symmetric, rounding=rounding)
+    assert torch.equal(round_inputs(torch.zeros(2, 8, dtype=dtype), policy, {}), torch.zeros(2, 8, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -6,6 +6,7 @@ A format whose own kernels multiply codes gives the same up to the order of sums
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from lowbit.core import dtypes
 from lowbit.core.spec import Activation
+from lowbit.core.tables import E2M1
 
-# The magnitudes of E2M1, and the midpoints between them at which a value is rounded up; ties go to the even code.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# The midpoints between the magnitudes of E2M1, at which a value is rounded up; ties go to the even code.
 _E2M1_UP = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
 _TINY = 1e-30
 
@@ -47,13 +48,17 @@ def _round_dynamic(inputs: Tensor, policy: Activation, tensors: Mapping[str, Ten
     values = inputs if policy.rounding == "each" else inputs.float()
     if not policy.symmetric:
         least, most = _extreme(values, policy, "least").clamp(max=0), _extreme(values, policy, "most").clamp(min=0)
-        scale = ((most - least) / (policy.divisor or high - low)).clamp(min=policy.floor or _TINY)
-        return _round(inputs, scale, (low - torch.round(least / scale)).clamp(low, high), policy)
+        scale = _positive((most - least) / (policy.divisor or high - low), policy)
+        return _round(inputs, scale, torch.round(low - least / scale).clamp(low, high), policy)
     largest = _extreme(values.abs(), policy, "most")
     if policy.bound:
         largest = largest.clamp(max=policy.bound)
-    scale = (largest / (policy.divisor or high)).clamp(min=policy.floor or _TINY)
-    return _round(inputs, _stored_scale(scale, policy, tensors), None, policy)
+    if policy.scale_dtype == torch.float8_e8m0fnu:
+        return _round(inputs, power_of_two_scale(largest, high), None, policy)
+    scale = _positive(largest / (policy.divisor or high), policy)
+    if policy.scale_dtype == torch.float8_e4m3fn:
+        scale = _two_level_scale(scale, tensors["input_global_scale"])
+    return _round(inputs, scale, None, policy)
 
 
 def _extreme(values: Tensor, policy: Activation, which: Literal["least", "most"]) -> Tensor:
@@ -61,19 +66,33 @@ def _extreme(values: Tensor, policy: Activation, which: Literal["least", "most"]
     return reduce(values) if policy.per == "tensor" else reduce(values, dim=-1, keepdim=True)
 
 
-def _stored_scale(scale: Tensor, policy: Activation, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A dynamic scale as its dtype holds it."""
-    if policy.scale_dtype == torch.float8_e4m3fn:
-        shared = tensors["input_global_scale"].to(scale.dtype)
-        return (scale * shared).clamp(max=448).to(torch.float8_e4m3fn).to(scale.dtype) / shared
-    if policy.scale_dtype == torch.float8_e8m0fnu:
-        return torch.exp2(torch.floor(torch.log2(scale)))
-    return scale
+def _positive(scale: Tensor, policy: Activation) -> Tensor:
+    scale = scale.clamp(min=policy.floor or _TINY)
+    # fp16 doesn't hold the floor itself.
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+
+
+def power_of_two_scale(largest: Tensor, high: float) -> Tensor:
+    """The scale of a group in the microscaling formats, fp32: a power of two.
+
+    The exponent of the group's largest magnitude becomes that of `high`, the largest number there is; a magnitude of
+    1.75 times a power of two or more is taken as the next one.
+    """
+    mantissa, exponent = torch.frexp(largest.float())
+    exponent = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - (math.frexp(high)[1] - 1)
+    return torch.exp2(exponent.clamp(-127, 127).float())
+
+
+def _two_level_scale(scale: Tensor, shared: Tensor) -> Tensor:
+    """The scale as e4m3 relative to a stored one, fp32."""
+    coded = (scale.float() * shared).clamp(max=448).to(torch.float8_e4m3fn).float()
+    return torch.where(coded == 0, 0.125, coded) / shared
 
 
 def _round(inputs: Tensor, scale: Tensor, zero: Tensor | None, policy: Activation) -> Tensor:
     low, high = number_range(policy.number)
-    work = inputs.dtype if policy.rounding == "each" else torch.float32
+    wide = policy.scale_dtype in dtypes.FLOAT8S.values()  # these scales are fp32 when they are used
+    work = inputs.dtype if policy.rounding == "each" and not wide else torch.float32
     scale = scale.to(work)
     values = inputs.to(work) / scale
     if zero is not None:
@@ -110,4 +129,4 @@ def _round_e2m1(values: Tensor) -> Tensor:
     code = torch.zeros_like(values, dtype=torch.int64)
     for middle, at_tie in _E2M1_UP:
         code += (magnitude >= middle) if at_tie else (magnitude > middle)
-    return torch.tensor(_E2M1, dtype=values.dtype, device=values.device)[code].copysign(values)
+    return torch.tensor(E2M1[:8], dtype=values.dtype, device=values.device)[code].copysign(values)
