@@ -15,7 +15,8 @@ from snippets import blocks, run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted((REPOSITORY / "docs").rglob("*.md"))
-EXAMPLES = ("adding-a-kernel.md", "adding-a-wire.md", "adding-an-algorithm.md")
+# The method of one's own has tests of its own.
+EXAMPLES = [page for page in PAGES if page.name != "twelfth-method.md" and "```python\n" in page.read_text("utf-8")]
 _LINK = re.compile(r"\]\(([^)#\s]+)\)")
 
 
@@ -28,14 +29,18 @@ def _registries_as_before() -> Iterator[None]:
         entries[:] = kept
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+# PEFT calls by names that Transformers has changed.
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 @pytest.mark.usefixtures("_registries_as_before")
-def test_examples_run_in_order_and_print_what_is_shown(name: str) -> None:
-    page = REPOSITORY / "docs" / name
-    namespace: dict[str, object] = {"__name__": name}
+def test_examples_run_in_order_and_print_what_is_shown(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):
-        assert block.language == "python"
-        run_python(page, block, namespace)
+        if block.language == "python":
+            run_python(page, block, namespace)
 
 
 @pytest.mark.parametrize("page", [REPOSITORY / "README.md", *PAGES], ids=lambda page: str(page.relative_to(REPOSITORY)))
