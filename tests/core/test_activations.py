@@ -115,3 +115,23 @@ def test_a_linear_layer_multiplies_what_the_policy_leaves(inputs: Tensor) -> Non
     assert torch.equal(linear(inputs, spec, tensors, (8, 64)), expected)
     plain = replace(spec, activation=Activation())
     assert torch.equal(linear(inputs, plain, tensors, (8, 64)), inputs @ weight.T)
+
+
+def test_reciprocal_rounds_before_the_zero_point_is_added(inputs: Tensor) -> None:
+    half = inputs.to(torch.bfloat16)
+    policy = Activation("dynamic", number="int8", symmetric=False, rounding="each", reciprocal=True)
+    least, most = half.amin(-1, keepdim=True).clamp(max=0), half.amax(-1, keepdim=True).clamp(min=0)
+    scale = (most - least) / 255
+    zero = (-128 - torch.round(least / scale)).clamp(-128, 127)
+    codes = (torch.round(half * (1.0 / scale)) + zero).clamp(-128, 127)
+    assert torch.equal(round_inputs(half, policy, {}), (codes - zero) * scale)
+    divided = round_inputs(half, replace(policy, reciprocal=False), {})
+    assert not torch.equal(divided, round_inputs(half, policy, {}))
+
+
+def test_scales_may_be_made_in_the_dtype_of_the_inputs(inputs: Tensor) -> None:
+    half = inputs.to(torch.bfloat16)
+    policy = Activation("dynamic", number="int8", divisor=127.5, rounding="scale", reciprocal=True)
+    scale = (half.abs().amax(-1, keepdim=True) / 127.5).float()
+    codes = torch.round(half.float() * (1.0 / scale)).clamp(-128, 127)
+    assert torch.equal(round_inputs(half, policy, {}), (codes * scale).to(torch.bfloat16))

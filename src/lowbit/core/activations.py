@@ -45,11 +45,12 @@ def round_outputs(outputs: Tensor, policy: Activation, tensors: Mapping[str, Ten
 
 def _round_dynamic(inputs: Tensor, policy: Activation, tensors: Mapping[str, Tensor]) -> Tensor:
     low, high = number_range(policy.number)
-    values = inputs if policy.rounding == "each" else inputs.float()
+    values = inputs.float() if policy.rounding == "once" else inputs
     if not policy.symmetric:
         least, most = _extreme(values, policy, "least").clamp(max=0), _extreme(values, policy, "most").clamp(min=0)
         scale = _positive((most - least) / (policy.divisor or high - low), policy)
-        return _round(inputs, scale, torch.round(low - least / scale).clamp(low, high), policy)
+        zero = low - torch.round(least / scale) if policy.reciprocal else torch.round(low - least / scale)
+        return _round(inputs, scale, zero.clamp(low, high), policy)
     largest = _extreme(values.abs(), policy, "most")
     if policy.bound:
         largest = largest.clamp(max=policy.bound)
@@ -94,9 +95,9 @@ def _round(inputs: Tensor, scale: Tensor, zero: Tensor | None, policy: Activatio
     wide = policy.scale_dtype in dtypes.FLOAT8S.values()  # these scales are fp32 when they are used
     work = inputs.dtype if policy.rounding == "each" and not wide else torch.float32
     scale = scale.to(work)
-    values = inputs.to(work) / scale
+    values = inputs.to(work) * (1.0 / scale) if policy.reciprocal else inputs.to(work) / scale
     if zero is not None:
-        values = values + zero.to(work)
+        values = (torch.round(values) if policy.reciprocal else values) + zero.to(work)
     values = round_to(values.clamp(low, high) if policy.number.startswith("float") else values, policy.number)
     values = values.clamp(low, high)
     if zero is not None:

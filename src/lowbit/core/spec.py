@@ -273,7 +273,10 @@ class Activation:
         floor: the least scale.
         scale_dtype: of the scales: ``float32``, the stored one of static scales, ``float8_e8m0fnu`` (MX) or
             ``float8_e4m3fn`` (NVFP4, relative to a stored ``input_global_scale``).
-        rounding: as in :class:`QuantSpec`: in fp32, or in the inputs' dtype.
+        rounding: as in :class:`QuantSpec`: in fp32, or in the inputs' dtype; ``scale``: scales are made in the inputs'
+            dtype, the rest is in fp32 (torchao).
+        reciprocal: codes are ``round(x * (1 / scale)) + zero`` and zero ``low - round(least / scale)`` (torchao),
+            instead of ``round(x / scale + zero)`` and ``round(low - least / scale)``.
         outputs: the layer's output is rounded likewise, by a stored ``output_scale``.
     """
 
@@ -287,7 +290,8 @@ class Activation:
     bound: float = 0.0
     floor: float = 0.0
     scale_dtype: torch.dtype = torch.float32
-    rounding: Literal["once", "each"] = "once"
+    rounding: Literal["once", "each", "scale"] = "once"
+    reciprocal: bool = False
     outputs: bool = False
 
     def __post_init__(self) -> None:
@@ -297,7 +301,7 @@ class Activation:
         _require(self.per != "group" or self.size > 0, "groups of activations have a size", self.size)
         numbers = (self.threshold, self.divisor, self.bound, self.floor)
         _require(min(numbers) >= 0, "an activation policy's numbers are not negative", numbers)
-        _require(self.rounding in ("once", "each"), "unknown rounding", self.rounding)
+        _require(self.rounding in ("once", "each", "scale"), "unknown rounding", self.rounding)
 
     def tensors(self) -> TensorLayout:
         """What is stored with a weight: ``input_scale``, ``input_zero``, ``input_global_scale``, ``output_scale``."""
