@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from lowbit.core import dtypes
+from lowbit.core import blocks, dtypes
 from lowbit.core.packing import packed_bytes
 from lowbit.errors import FormatError, SpecError
 
@@ -107,8 +107,45 @@ class VectorCode:
         return f"{self.codebooks} x {self.bits}-bit vectors of {self.out_group} x {self.in_group}"
 
 
-Code = IntCode | TableCode | FloatCode | VectorCode
-_CODES: dict[str, type[Any]] = {"integer": IntCode, "table": TableCode, "float": FloatCode, "vector": VectorCode}
+@dataclass(frozen=True)
+class BlockCode:
+    """Weights in blocks of bytes that hold codes, signs and scales together (GGUF's IQ1 to IQ3, TQ); kept as stored.
+
+    `name` is one of :data:`lowbit.core.blocks.FORMATS`, which decodes them. There are no scales beside the blocks.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        _require(self.name in blocks.FORMATS, f"a block code is one of {sorted(blocks.FORMATS)}", self.name)
+
+    @property
+    def elements(self) -> int:
+        """Weights in a block."""
+        return blocks.FORMATS[self.name].elements
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a block."""
+        return blocks.FORMATS[self.name].nbytes
+
+    @property
+    def bits(self) -> int:
+        """Per weight, scales included, rounded down."""
+        return 8 * self.nbytes // self.elements
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Code = IntCode | TableCode | FloatCode | VectorCode | BlockCode
+_CODES: dict[str, type[Any]] = {
+    "integer": IntCode,
+    "table": TableCode,
+    "float": FloatCode,
+    "vector": VectorCode,
+    "block": BlockCode,
+}
 _KINDS = {code: kind for kind, code in _CODES.items()}
 
 
@@ -357,6 +394,8 @@ class QuantSpec:
         out_features, in_features = shape
         if isinstance(self.code, VectorCode):
             return _vector_layout(self.code, shape)
+        if isinstance(self.code, BlockCode):
+            return (out_features, -(-in_features // self.code.elements), self.code.nbytes), torch.uint8
         if isinstance(self.code, FloatCode):
             return shape, self.code.dtype
         if self.bits == 8:
