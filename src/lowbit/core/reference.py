@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.core.activations import round_inputs, round_outputs
+from lowbit.core.blocks import decode_blocks
 from lowbit.core.packing import sign_extend, unpack
-from lowbit.core.spec import FloatCode, IntCode, QuantSpec, SecondLevel, TableCode, VectorCode
+from lowbit.core.spec import BlockCode, FloatCode, IntCode, QuantSpec, SecondLevel, TableCode, VectorCode
 
 # bitsandbytes multiplies with this decimal constant, not with the float nearest to 1 / 127**2.
 _INT8_PRODUCT_SCALE = 6.200124e-05
@@ -51,12 +52,14 @@ def dequantize(
 
 
 def decode_codes(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """Integers (uint8 or int8), table values (fp32), floats, or sums of vectors (as the codebooks); ``[out, in]``."""
+    """Integers (uint8 or int8), table values (fp32), floats, sums of vectors (as the codebooks), or blocks (fp32)."""
     codes = tensors["codes"]
     if isinstance(spec.code, FloatCode):
         return codes
     if isinstance(spec.code, VectorCode):
         return _sum_vectors(spec.code, codes, tensors["codebooks"], shape)
+    if isinstance(spec.code, BlockCode):
+        return decode_blocks(spec.code.name, codes)[:, : shape[1]]
     if spec.bits < 8:
         count = shape[0] * shape[1] if spec.grouping.flat else shape[1]
         codes = unpack(codes, spec.bits, count).reshape(shape)
