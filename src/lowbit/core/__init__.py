@@ -7,6 +7,7 @@ from lowbit.core.qtensor import QuantTensor
 from lowbit.core.reference import dequantize, linear
 from lowbit.core.spec import (
     Activation,
+    BlockCode,
     Code,
     FloatCode,
     Grouping,
@@ -21,6 +22,7 @@ from lowbit.core.spec import (
 
 __all__ = [
     "Activation",
+    "BlockCode",
     "Code",
     "FloatCode",
     "Grouping",
