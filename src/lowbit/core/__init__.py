@@ -5,6 +5,7 @@ from lowbit.core.plan import Kept, Plan
 from lowbit.core.presets import int8_spec, integer_spec, table_spec
 from lowbit.core.qtensor import QuantTensor
 from lowbit.core.reference import dequantize, linear
+from lowbit.core.respell import respell, why_not
 from lowbit.core.spec import (
     Activation,
     BlockCode,
@@ -42,6 +43,8 @@ __all__ = [
     "linear",
     "pack",
     "packed_bytes",
+    "respell",
     "table_spec",
     "unpack",
+    "why_not",
 ]
