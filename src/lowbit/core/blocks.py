@@ -249,7 +249,7 @@ def decode_blocks(name: str, blocks: Tensor) -> Tensor:
     values = torch.empty(flat.shape[0], kind.elements, dtype=torch.float32, device=blocks.device)
     for stored, part in zip(flat.split(_CHUNK), values.split(_CHUNK), strict=True):
         part.copy_(kind.decode(stored))
-    return values.view(blocks.shape[0], -1)
+    return values.view(blocks.shape[0], blocks.shape[1] * kind.elements)
 
 
 def block_scales(name: str, blocks: Tensor) -> Tensor:

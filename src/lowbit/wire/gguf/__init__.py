@@ -1,5 +1,6 @@
 """GGUF: llama.cpp's single-file format; its container and its number types."""
 
+from lowbit.wire.gguf.codec import read_blocks, spec_of, type_of, write_blocks
 from lowbit.wire.gguf.container import Gguf, GgufFile, TensorInfo, open_gguf
 from lowbit.wire.gguf.types import GgmlType
 from lowbit.wire.gguf.values import Typed, ValueType
@@ -14,5 +15,9 @@ __all__ = [
     "Typed",
     "ValueType",
     "open_gguf",
+    "read_blocks",
+    "spec_of",
+    "type_of",
+    "write_blocks",
     "write_gguf",
 ]

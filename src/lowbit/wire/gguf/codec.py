@@ -1,0 +1,437 @@
+"""Blocks of GGUF's quantized types as `QuantTensor`, and back, to the byte.
+
+A type is described by data: its fields, which of them hold codes and how, and how its scales are packed. The lattice
+and ternary types are not taken apart at all (:class:`~lowbit.core.spec.BlockCode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit.core import (
+    BlockCode,
+    FloatCode,
+    Grouping,
+    IntCode,
+    QuantSpec,
+    QuantTensor,
+    Scale,
+    SecondLevel,
+    TableCode,
+    Zero,
+    pack,
+    unpack,
+)
+from lowbit.core.blocks import block_scales
+from lowbit.core.spec import Activation
+from lowbit.core.tables import E2M1, IQ4_NL, SIGN
+from lowbit.errors import FormatError
+from lowbit.wire.gguf import planes
+from lowbit.wire.gguf.types import DTYPES, GgmlType
+
+_CHUNK: Final = 1 << 21  # weights handled at once
+_SIGN_BIT: Final = -(1 << 15)
+_TABLES: Final = {"e2m1": E2M1, "iq4_nl": IQ4_NL, "sign": SIGN}
+_HALF: Final = torch.float16
+
+Fields = dict[str, Tensor]
+
+
+class Plane(NamedTuple):
+    """Bits of the codes: field, how many per weight, and how many bytes belong together; see :mod:`planes`."""
+
+    field: str
+    bits: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One type: ``fields`` are the block's in order, ``planes`` the codes' bits from the lowest, ``spec`` the meaning.
+
+    `read_levels` gives the first-level scales (and mins) of a two-level type from the fields, `write_levels` is its
+    inverse; `supers` names the field of the super-scale and that of the mins.
+    """
+
+    spec: QuantSpec
+    fields: tuple[tuple[str, int], ...]
+    planes: tuple[Plane, ...]
+    read_levels: Callable[[Fields], tuple[Tensor, ...]] | None = None
+    write_levels: Callable[..., Fields] | None = None
+
+    @property
+    def offset(self) -> int:
+        """What turns a stored code into two's complement: signed codes are stored with half the range added."""
+        code = self.spec.code
+        return 1 << code.bits - 1 if isinstance(code, IntCode) and code.signed and code.bits < 8 else 0
+
+
+def _integer(bits: int, group: int, *, signed: bool = False, zero: bool = False) -> QuantSpec:
+    return QuantSpec(
+        code=IntCode(bits, signed),
+        scale=Scale(_HALF),
+        grouping=Grouping.groups(group),
+        zero=Zero("additive", dtype=_HALF) if zero else None,
+        dtype=torch.float32,
+    )
+
+
+def _table(name: str, group: int, scale: torch.dtype = _HALF, bits: int = 4) -> QuantSpec:
+    return QuantSpec(TableCode(name, bits), Scale(scale), Grouping.groups(group), dtype=torch.float32)
+
+
+def _two_level(spec: QuantSpec, bits: int, *, signed: bool = False) -> QuantSpec:
+    """Scales (and mins) of `bits` bits, 256 weights sharing an fp16 super-scale."""
+    second = SecondLevel("integer", 256 // spec.grouping.cols, _HALF, bits, signed=signed)
+    zero = replace(spec.zero, dtype=torch.float32, second=second) if spec.zero else None
+    return replace(spec, scale=Scale(torch.float32, second=second), zero=zero)
+
+
+_D: Final = ("d", 2)
+_M: Final = ("m", 2)
+_DMIN: Final = ("dmin", 2)
+
+
+def _simple(spec: QuantSpec, fields: tuple[tuple[str, int], ...], *codes: Plane) -> Codec:
+    return Codec(spec, fields, codes)
+
+
+def _levels_q2(fields: Fields) -> tuple[Tensor, ...]:
+    return fields["scales"] & 15, fields["scales"] >> 4
+
+
+def _store_q2(scales: Tensor, mins: Tensor) -> Fields:
+    return {"scales": scales | mins << 4}
+
+
+def _levels_q3(fields: Fields) -> tuple[Tensor, ...]:
+    return (planes.read_scales_k3(fields["scales"]),)
+
+
+def _store_q3(scales: Tensor) -> Fields:
+    return {"scales": planes.write_scales_k3(scales)}
+
+
+def _levels_q4(fields: Fields) -> tuple[Tensor, ...]:
+    return planes.read_scales_k4(fields["scales"])
+
+
+def _store_q4(scales: Tensor, mins: Tensor) -> Fields:
+    return {"scales": planes.write_scales_k4(scales, mins)}
+
+
+def _levels_q6(fields: Fields) -> tuple[Tensor, ...]:
+    return (fields["scales"],)
+
+
+def _store_q6(scales: Tensor) -> Fields:
+    return {"scales": scales}
+
+
+def _levels_xs(fields: Fields) -> tuple[Tensor, ...]:
+    return (planes.read_scales_xs(fields["scales_h"], fields["scales_l"]),)
+
+
+def _store_xs(scales: Tensor) -> Fields:
+    high, low = planes.write_scales_xs(scales)
+    return {"scales_h": high, "scales_l": low}
+
+
+_NIBBLES_16: Final = Plane("qs", 4, 16)
+_NIBBLES_32: Final = Plane("qs", 4, 32)
+_PAIRS: Final = Plane("qs", 2, 32)
+
+CODECS: Final[Mapping[GgmlType, Codec]] = {
+    GgmlType.Q1_0: _simple(_table("sign", 128, bits=1), (_D, ("qs", 16)), Plane("qs", 1, 1)),
+    GgmlType.Q4_0: _simple(_integer(4, 32, signed=True), (_D, ("qs", 16)), _NIBBLES_16),
+    GgmlType.Q4_1: _simple(_integer(4, 32, zero=True), (_D, _M, ("qs", 16)), _NIBBLES_16),
+    GgmlType.Q5_0: _simple(_integer(5, 32, signed=True), (_D, ("qh", 4), ("qs", 16)), _NIBBLES_16, Plane("qh", 1, 1)),
+    GgmlType.Q5_1: _simple(_integer(5, 32, zero=True), (_D, _M, ("qh", 4), ("qs", 16)), _NIBBLES_16, Plane("qh", 1, 1)),
+    GgmlType.Q8_0: _simple(_integer(8, 32, signed=True), (_D, ("qs", 32)), Plane("qs", 8, 1)),
+    GgmlType.Q2_K: Codec(
+        _two_level(_integer(2, 16, zero=True), 4),
+        (("scales", 16), ("qs", 64), _D, _DMIN),
+        (_PAIRS,),
+        _levels_q2,
+        _store_q2,
+    ),
+    GgmlType.Q3_K: Codec(
+        _two_level(_integer(3, 16, signed=True), 6, signed=True),
+        (("hmask", 32), ("qs", 64), ("scales", 12), _D),
+        (_PAIRS, Plane("hmask", 1, 32)),
+        _levels_q3,
+        _store_q3,
+    ),
+    GgmlType.Q4_K: Codec(
+        _two_level(_integer(4, 32, zero=True), 6),
+        (_D, _DMIN, ("scales", 12), ("qs", 128)),
+        (_NIBBLES_32,),
+        _levels_q4,
+        _store_q4,
+    ),
+    GgmlType.Q5_K: Codec(
+        _two_level(_integer(5, 32, zero=True), 6),
+        (_D, _DMIN, ("scales", 12), ("qh", 32), ("qs", 128)),
+        (_NIBBLES_32, Plane("qh", 1, 32)),
+        _levels_q4,
+        _store_q4,
+    ),
+    GgmlType.Q6_K: Codec(
+        _two_level(_integer(6, 16, signed=True), 8, signed=True),
+        (("ql", 128), ("qh", 64), ("scales", 16), _D),
+        (Plane("ql", 4, 64), Plane("qh", 2, 32)),
+        _levels_q6,
+        _store_q6,
+    ),
+    GgmlType.IQ4_NL: _simple(_table("iq4_nl", 32), (_D, ("qs", 16)), _NIBBLES_16),
+    GgmlType.IQ4_XS: Codec(
+        _two_level(_table("iq4_nl", 32), 6, signed=True),
+        (_D, ("scales_h", 2), ("scales_l", 4), ("qs", 128)),
+        (_NIBBLES_16,),
+        _levels_xs,
+        _store_xs,
+    ),
+    GgmlType.MXFP4: _simple(_table("e2m1", 32, torch.float8_e8m0fnu), (("d", 1), ("qs", 16)), _NIBBLES_16),
+    GgmlType.NVFP4: _simple(_table("e2m1", 16, torch.float8_e4m3fn), (("d", 4), ("qs", 32)), Plane("qs", 4, 8)),
+}
+
+
+def _float(dtype: torch.dtype) -> QuantSpec:
+    return QuantSpec(FloatCode(dtype), Scale(dtype, stored=False), Grouping.per_channel(), dtype=torch.float32)
+
+
+def _block(name: str) -> QuantSpec:
+    code = BlockCode(name)
+    return QuantSpec(code, Scale(torch.float32, stored=False), Grouping.groups(code.elements), dtype=torch.float32)
+
+
+_LATTICES: Final = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0")
+SPECS: Final[Mapping[GgmlType, QuantSpec]] = {
+    **{kind: codec.spec for kind, codec in CODECS.items()},
+    **{GgmlType[name]: _block(name.lower()) for name in _LATTICES},
+    **{kind: _float(DTYPES[kind]) for kind in (GgmlType.F32, GgmlType.F16, GgmlType.BF16)},
+}
+
+
+def spec_of(kind: GgmlType) -> QuantSpec:
+    """What a tensor of this type means; its `dtype` is fp32, which is what ggml and gguf-py dequantize to.
+
+    Raises:
+        FormatError: a type of plain numbers that no weight has (integers, F64).
+    """
+    if kind not in SPECS:
+        raise FormatError("no weight is stored as this type", found=kind.name, expected=[k.name for k in SPECS])
+    return SPECS[kind]
+
+
+def type_of(spec: QuantSpec) -> GgmlType:
+    """The type whose tensors mean `spec`, whatever dtype the spec dequantizes to.
+
+    Raises:
+        FormatError: there is none.
+    """
+    for kind, known in SPECS.items():
+        if replace(spec, dtype=known.dtype) == known:
+            return kind
+    raise FormatError("GGUF has no type for this spec", found=spec, expected=[kind.name for kind in SPECS])
+
+
+def read_blocks(kind: GgmlType, raw: Tensor, shape: tuple[int, int]) -> QuantTensor:
+    """A weight from a tensor's bytes; validated.
+
+    Args:
+        raw: ``uint8 [out, bytes per row]``, as :meth:`GgufFile.raw` gives it. Of block codes, and of plain numbers, the
+            result is a view; else it is independent.
+        shape: ``(out, in)``.
+
+    Raises:
+        FormatError: wrong shape, or a scale that is infinite or no number.
+    """
+    spec = spec_of(kind)
+    expected = (shape[0], kind.row_bytes(shape[1]))
+    if shape[1] % kind.block_elements or tuple(raw.shape) != expected or raw.dtype != torch.uint8:
+        raise FormatError(
+            f"not a {kind.name} weight", found=f"{raw.dtype} {list(raw.shape)}", expected=f"uint8 {list(expected)}"
+        )
+    if isinstance(spec.code, FloatCode):
+        return QuantTensor(spec, {"codes": _numbers(raw, spec.code.dtype)}, shape).validate()
+    if isinstance(spec.code, BlockCode):
+        codes = raw.view(shape[0], -1, spec.code.nbytes) if raw.numel() else raw.view(shape[0], 0, spec.code.nbytes)
+        _require_finite(block_scales(spec.code.name, codes), kind)
+        return QuantTensor(spec, {"codes": codes}, shape).validate()
+    tensors = _empty(spec, shape, raw.device)
+    step = max(1, _CHUNK // max(shape[1], 1))
+    for start in range(0, shape[0], step):
+        _read_rows(kind, CODECS[kind], raw[start : start + step], tensors, start)
+    for name in ("scales", "super_scales", "zeros", "super_zeros"):
+        if name in tensors and tensors[name].is_floating_point():
+            _require_finite(tensors[name], kind)
+    return QuantTensor(spec, tensors, shape).validate()
+
+
+def write_blocks(kind: GgmlType, tensor: QuantTensor) -> Tensor:
+    """The inverse of :func:`read_blocks`: ``uint8 [out, bytes per row]``.
+
+    Raises:
+        FormatError: the weight has another spec than the type, a table of its own, or a row that isn't whole blocks.
+    """
+    spec = spec_of(kind)
+    shape = tensor.shape
+    if replace(tensor.spec, dtype=spec.dtype, activation=Activation()) != spec:
+        raise FormatError(f"{kind.name} can't hold this weight", found=tensor.spec, expected=spec)
+    if shape[1] % kind.block_elements:
+        raise FormatError(
+            f"a row is not a whole number of {kind.name} blocks", found=shape[1],
+            expected=f"a multiple of {kind.block_elements}",
+        )  # fmt: skip
+    if isinstance(spec.code, (FloatCode, BlockCode)):
+        return tensor.tensors["codes"].contiguous().view(torch.uint8).reshape(shape[0], kind.row_bytes(shape[1]))
+    if isinstance(spec.code, TableCode):
+        _require_table(kind, spec.code, tensor.tensors["table"])
+    raw = torch.empty(shape[0], kind.row_bytes(shape[1]), dtype=torch.uint8, device=tensor.device)
+    step = max(1, _CHUNK // max(shape[1], 1))
+    for start in range(0, shape[0], step):
+        stored = raw[start : start + step]
+        _write_rows(kind, CODECS[kind], stored, tensor, start)
+    return raw
+
+
+def table_of(name: str) -> Tensor:
+    """The values of ``e2m1``, ``iq4_nl`` or ``sign``, fp32."""
+    return torch.tensor(_TABLES[name], dtype=torch.float32)
+
+
+def _empty(spec: QuantSpec, shape: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+    tensors = {
+        name: torch.empty(sides, dtype=dtype, device=device) for name, (sides, dtype) in spec.tensors(shape).items()
+    }
+    if isinstance(spec.code, TableCode):
+        tensors["table"] = table_of(spec.code.name).to(device)
+    return tensors
+
+
+def _read_rows(kind: GgmlType, codec: Codec, raw: Tensor, tensors: dict[str, Tensor], start: int) -> None:
+    """Fill rows of `tensors` from `start` on."""
+    rows, spec = raw.shape[0], codec.spec
+    part = slice(start, start + rows)
+    fields = _split(kind, codec, raw)
+    tensors["codes"][part] = _read_codes(codec, fields).reshape(rows, -1).view(tensors["codes"].dtype)
+    if codec.read_levels is None:
+        tensors["scales"][part] = _numbers(fields["d"], spec.scale.dtype).reshape(rows, -1)
+        if spec.zero is not None:
+            tensors["zeros"][part] = _numbers(fields["m"], spec.zero.dtype).reshape(rows, -1)
+        return
+    levels = codec.read_levels(fields)
+    supers = (_numbers(fields["d"], _HALF), _negative(_numbers(fields["dmin"], _HALF)) if "dmin" in fields else None)
+    for name, level, top in zip(("scales", "zeros"), levels, supers, strict=False):
+        stored = level.reshape(rows, -1)
+        bits = _level_bits(codec)
+        tensors[name][part] = (pack(stored, bits) if bits < 8 else stored).view(tensors[name].dtype)
+        if top is not None:
+            blocks = top.numel() // rows
+            tensors[f"super_{name}"][start * blocks : (start + rows) * blocks] = top.reshape(-1)
+
+
+def _write_rows(kind: GgmlType, codec: Codec, raw: Tensor, tensor: QuantTensor, start: int) -> None:
+    """The inverse of :func:`_read_rows`."""
+    rows, spec, columns = raw.shape[0], codec.spec, tensor.shape[1]
+    part = slice(start, start + rows)
+    blocks = columns // kind.block_elements
+    fields = _split(kind, codec, raw)
+    _write_codes(codec, tensor.tensors["codes"][part].view(torch.uint8), fields, columns)
+    if codec.write_levels is None:
+        fields["d"].copy_(_bytes(tensor.tensors["scales"][part]).view(rows, blocks, -1))
+        if spec.zero is not None:
+            fields["m"].copy_(_bytes(tensor.tensors["zeros"][part]).view(rows, blocks, -1))
+        return
+    bits, groups = _level_bits(codec), columns // spec.grouping.cols
+    levels = []
+    for name, top in (("scales", "d"), ("zeros", "dmin")):
+        if name not in tensor.tensors:
+            continue
+        stored = tensor.tensors[name][part]
+        levels.append((unpack(stored, bits, groups) if bits < 8 else stored.view(torch.uint8)).view(rows, blocks, -1))
+        supers = tensor.tensors[f"super_{name}"][start * blocks : (start + rows) * blocks]
+        supers = _negative(supers) if name == "zeros" else supers
+        fields[top].copy_(_bytes(supers).view(rows, blocks, 2))
+    for name, value in codec.write_levels(*levels).items():
+        fields[name].copy_(value)
+
+
+def _split(kind: GgmlType, codec: Codec, raw: Tensor) -> Fields:
+    """Views of a block's fields, ``[rows, blocks, bytes]``."""
+    blocks = raw.unflatten(1, (-1, kind.block_bytes))
+    return dict(
+        zip((name for name, _ in codec.fields), blocks.split([size for _, size in codec.fields], 2), strict=True)
+    )
+
+
+def _read_codes(codec: Codec, fields: Fields) -> Tensor:
+    """Codes packed as lowbit does, per block."""
+    bits, planes_ = codec.spec.bits, codec.planes
+    if bits == 8:
+        return fields[planes_[0].field]
+    if bits == 4:
+        packed = planes.nibbles_to_stream(fields[planes_[0].field], planes_[0].width)
+        return packed ^ (codec.offset | codec.offset << 4)
+    values, shift = None, 0
+    for plane in planes_:
+        part = planes.take_apart(fields[plane.field], plane.bits, plane.width) << shift
+        values = part if values is None else values | part
+        shift += plane.bits
+    return pack(values ^ codec.offset, bits)
+
+
+def _write_codes(codec: Codec, packed: Tensor, fields: Fields, columns: int) -> None:
+    """The inverse of :func:`_read_codes`, into the fields."""
+    bits, first = codec.spec.bits, fields[codec.planes[0].field]
+    rows, blocks = first.shape[:2]
+    if bits == 8:
+        first.copy_(packed.view(rows, blocks, -1))
+        return
+    if bits == 4:
+        stored = packed.view(rows, blocks, -1) ^ (codec.offset | codec.offset << 4)
+        first.copy_(planes.stream_to_nibbles(stored, codec.planes[0].width))
+        return
+    values = unpack(packed, bits, columns).view(rows, blocks, -1) ^ codec.offset
+    for plane in codec.planes:
+        part = values & (1 << plane.bits) - 1
+        fields[plane.field].copy_(planes.put_together(part, plane.bits, plane.width))
+        values = values >> plane.bits
+
+
+def _level_bits(codec: Codec) -> int:
+    return codec.spec.scale.second.bits if codec.spec.scale.second else 0
+
+
+def _numbers(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """The last axis' bytes as numbers; a view where the memory allows it."""
+    size = dtype.itemsize
+    aligned = stored.is_contiguous() and stored.storage_offset() % size == 0
+    return (stored if aligned else stored.clone(memory_format=torch.contiguous_format)).view(dtype)
+
+
+def _bytes(numbers: Tensor) -> Tensor:
+    return numbers.contiguous().view(torch.uint8)
+
+
+def _negative(numbers: Tensor) -> Tensor:
+    """With the sign bit turned over, zeros and all: mins are subtracted, zeros added, and the bytes have to return."""
+    return (numbers.contiguous().view(torch.int16) ^ _SIGN_BIT).view(_HALF)
+
+
+def _require_finite(scales: Tensor, kind: GgmlType) -> None:
+    if not scales.is_meta and not bool(torch.isfinite(scales.float()).all()):
+        raise FormatError(f"a block's scale is not finite ({kind.name})", found="inf or NaN", expected="finite numbers")
+
+
+def _require_table(kind: GgmlType, code: TableCode, table: Tensor) -> None:
+    if not torch.equal(table.cpu(), table_of(code.name)):
+        raise FormatError(
+            f"{kind.name} has one table", tensor="table", found=table.tolist(), expected=_TABLES[code.name]
+        )
