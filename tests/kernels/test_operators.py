@@ -90,3 +90,60 @@ def test_an_operator_refuses_the_wrong_number_of_tensors() -> None:
     module = layer(SPECS[0])
     with pytest.raises(ValueError, match="shorter"):
         ops.linear(torch.randn(2, 64), module.packed[:-1], None, module.spec_key, "torch", 48)
+
+
+def stacks(spec: QuantSpec, experts: int = 4) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The tensors of one weight per expert, stacked, and the dense weights."""
+    tensors = [quantize(torch.randn(48, 64), spec) for _ in range(experts)]
+    packed = [torch.stack([tensor.tensors[name] for tensor in tensors]) for name in spec.tensors((48, 64))]
+    return packed, torch.stack([tensor.dequantize(torch.float32) for tensor in tensors])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_expert_operators_are_well_formed(spec: QuantSpec) -> None:
+    packed, _ = stacks(spec)
+    experts = torch.tensor([3, 0, 3, 1, 4])
+    inputs, bias = torch.randn(5, 64, requires_grad=True), torch.randn(4, 48, requires_grad=True)
+    own = spec.to_json(), "torch"
+    torch.library.opcheck(torch.ops.lowbit.expert_linear, (inputs, experts, packed, bias, *own, 48))
+    torch.library.opcheck(torch.ops.lowbit.expert_linear_backward, (torch.randn(5, 48), experts, packed, *own, 64))
+
+
+@pytest.mark.parametrize("spec", SPECS[:-1], ids=str)
+@pytest.mark.parametrize("chosen", [[], [2], [3, 0, 3, 1, 4, 0, 7]], ids=str)
+def test_each_row_meets_its_expert(spec: QuantSpec, chosen: list[int]) -> None:
+    packed, dense = stacks(spec)
+    experts = torch.tensor(chosen, dtype=torch.int64)
+    inputs = torch.randn(len(chosen), 64, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, 48, dtype=torch.float64, requires_grad=True)
+    outputs = ops.expert_linear(inputs, experts, packed, bias, spec.to_json(), "torch", 48)
+    outputs.square().sum().backward()
+    ours, bias_gradient = inputs.grad, bias.grad
+    inputs.grad = bias.grad = None
+    rows = [
+        torch.nn.functional.linear(row, dense[expert].double(), bias[expert])
+        if expert < 4
+        else torch.zeros(48).double()
+        for row, expert in zip(inputs, chosen, strict=True)
+    ]
+    reference = torch.stack(rows) if rows else outputs.detach()
+    torch.testing.assert_close(outputs, reference)
+    if any(expert < 4 for expert in chosen):
+        reference.square().sum().backward()
+        torch.testing.assert_close(ours, inputs.grad)
+        torch.testing.assert_close(bias_gradient, bias.grad)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[3]], ids=str)
+def test_picking_each_rows_expert_gives_what_sorting_gives(spec: QuantSpec) -> None:
+    packed, _ = stacks(spec)
+    experts = torch.tensor([3, 0, 3, 1, 9])
+    by_sorting = {
+        int(row): tensors
+        for rows, tensors in ops._by_expert(experts, packed, spec)
+        for row in torch.arange(5)[rows].tolist()
+    }
+    by_row = [tensors for _, tensors in ops._row_by_row(experts, packed)]
+    for row, tensors in by_sorting.items():
+        assert all(torch.equal(left, right) for left, right in zip(tensors, by_row[row], strict=True))
+    assert len(by_row) == 5 and set(by_sorting) == {0, 1, 2, 3}

@@ -12,6 +12,7 @@ from lowbit.algorithms import quantize
 from lowbit.core import QuantSpec, QuantTensor
 from lowbit.errors import PlanError
 from lowbit.kernels import Problem, kernel_named, ops, select
+from lowbit.nn.packed import PackedModule
 
 CANONICAL = "torch"  # the kernel whose layout is the spec's own
 
@@ -35,7 +36,7 @@ class PackedWeight(Tensor):
         self._layer.requantize(value)
 
 
-class QuantLinear(nn.Linear):
+class QuantLinear(PackedModule, nn.Linear):
     """``inputs @ W.T + bias`` with a packed weight.
 
     It is an ``nn.Linear`` for everyone who asks (PEFT adapts it as it is), but has no ``weight`` parameter: the packed
@@ -66,7 +67,6 @@ class QuantLinear(nn.Linear):
         self.dense_dtype = dtype or spec.dtype
         self.kernel = CANONICAL
         self.register_parameter("bias", bias)
-        self._names: tuple[str, ...] = ()
         self.allocate(spec)
 
     @classmethod
@@ -87,15 +87,6 @@ class QuantLinear(nn.Linear):
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The weight's tensors, in the order of the kernel's layout."""
-        return [getattr(self, name) for name in self._names]
-
-    @property
-    def packed_names(self) -> tuple[str, ...]:
-        return self._names
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -164,25 +155,9 @@ class QuantLinear(nn.Linear):
         outputs = ops.linear(inputs.to(compute), self.packed, bias, self.spec_key, self.kernel, self.out_features)
         return outputs.to(dtype)
 
-    def _place(self, tensors: dict[str, Tensor]) -> None:
-        for name in self._names:
-            del self._parameters[name]
-        self._names = tuple(tensors)
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """Move the packed tensors as bytes, so that a cast leaves codes and scales alone."""
         before = self.packed[0].device.type
-        packed = {name: self._parameters.pop(name) for name in self._names}
-        try:
-            super()._apply(fn, recurse)
-            for name, tensor in packed.items():
-                if tensor is not None:
-                    moved = fn(tensor.data.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
-                    packed[name] = nn.Parameter(moved, requires_grad=False)
-        finally:
-            self._parameters.update(packed)
+        super()._apply(fn, recurse)
         if self.packed[0].device.type != before:
             self.select_kernel()
         return self
