@@ -6,13 +6,13 @@ transpose away from ours.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import SpecError
-
-_CHUNK = 8  # the fewest b-bit values that always fill whole bytes: 8 values are b bytes
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -33,15 +33,14 @@ def pack(values: Tensor, bits: int) -> Tensor:
     """
     _check_bits(bits)
     count = values.shape[-1]
-    values = (values.to(torch.int16) & ((1 << bits) - 1)).to(torch.uint8)
+    wide = values if values.dtype == torch.uint8 else values.to(torch.int16)
+    values = (wide & ((1 << bits) - 1)).to(torch.uint8)
     if bits == 8:
         return values.contiguous()
-    if 8 % bits == 0:
-        return _fold(values, bits)[..., : packed_bytes(count, bits)].contiguous()
-    words = _pad(values, _CHUNK).unflatten(-1, (-1, _CHUNK)).to(torch.int64)
-    joined = (words << _steps(_CHUNK, bits, words.device)).sum(-1)
-    stream = (joined.unsqueeze(-1) >> _steps(bits, 8, words.device)) & 0xFF
-    return stream.to(torch.uint8).flatten(-2)[..., : packed_bytes(count, bits)].contiguous()
+    per_run = _run(bits)
+    fields = _pad(values, per_run).unflatten(-1, (-1, per_run)).unbind(-1)
+    stream = torch.stack([_byte(fields, bits, number) for number in range(per_run * bits // 8)], dim=-1)
+    return stream.flatten(-2)[..., : packed_bytes(count, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -63,10 +62,10 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if 8 % bits == 0:
         fields = [packed >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
         return torch.stack(fields, dim=-1).flatten(-2)[..., :count]
-    words = _pad(packed, bits).unflatten(-1, (-1, bits)).to(torch.int64)
-    joined = (words << _steps(bits, 8, words.device)).sum(-1)
-    fields = (joined.unsqueeze(-1) >> _steps(_CHUNK, bits, words.device)) & ((1 << bits) - 1)
-    return fields.to(torch.uint8).flatten(-2)[..., :count]
+    per_run = _run(bits)
+    run_bytes = per_run * bits // 8
+    stream = _pad(packed, run_bytes).unflatten(-1, (-1, run_bytes)).unbind(-1)
+    return torch.stack([_value(stream, bits, number) for number in range(per_run)], dim=-1).flatten(-2)[..., :count]
 
 
 def sign_extend(values: Tensor, bits: int) -> Tensor:
@@ -75,19 +74,34 @@ def sign_extend(values: Tensor, bits: int) -> Tensor:
     return (values << shift).view(torch.int8) >> shift
 
 
-def _fold(values: Tensor, bits: int) -> Tensor:
-    per_byte = 8 // bits
-    fields = _pad(values, per_byte).unflatten(-1, (-1, per_byte))
-    return (fields << _steps(per_byte, bits, values.device).to(torch.uint8)).sum(-1, dtype=torch.uint8)
+def _run(bits: int) -> int:
+    """The fewest values that fill whole bytes."""
+    return 8 // math.gcd(bits, 8)
+
+
+def _byte(fields: tuple[Tensor, ...], bits: int, number: int) -> Tensor:
+    """One byte of a run from the values that have bits in it; bytes are enough, what is shifted out is elsewhere."""
+    start = 8 * number
+    byte: Tensor | None = None
+    for index in range(start // bits, (start + 7) // bits + 1):
+        shift = index * bits - start
+        part = fields[index] << shift if shift >= 0 else fields[index] >> -shift
+        byte = part if byte is None else byte | part
+    return fields[0] if byte is None else byte
+
+
+def _value(stream: tuple[Tensor, ...], bits: int, number: int) -> Tensor:
+    """One value of a run from the one or two bytes that it lies in."""
+    first, shift = divmod(number * bits, 8)
+    value = stream[first] >> shift
+    if shift + bits > 8:
+        value = value | stream[first + 1] << 8 - shift
+    return value & ((1 << bits) - 1)
 
 
 def _pad(values: Tensor, multiple: int) -> Tensor:
     missing = -values.shape[-1] % multiple
     return functional.pad(values, (0, missing)) if missing else values
-
-
-def _steps(count: int, step: int, device: torch.device) -> Tensor:
-    return torch.arange(0, count * step, step, device=device)
 
 
 def _check_bits(bits: int) -> None:
