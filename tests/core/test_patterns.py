@@ -59,7 +59,7 @@ def test_catastrophic_patterns_take_no_time(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["(", "[", "*a", "a" * 1001, r"(a)\1", "(?i)a", "(?i:a)", "(?<=a)b", "a{2000}", "((((a*)*)*)*)*", "(" * 900, "(a)(?(1)b)"],
+    ["(", "[", "*a", "a" * 1001, r"(a)\1", "(?i)a", "(?i:a)", "(?<=a)b", "a{2000}", "((((a*)*)*)*)*", "(" * 900],
 )  # fmt: skip
 def test_what_is_refused(pattern: str) -> None:
     with pytest.raises(SpecError):

@@ -280,17 +280,6 @@ def test_desc_act_on_the_fly_rounds_in_natural_order(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(reloaded, "llama"), tiny.logits(model, "llama"))
 
 
-def test_scaled_activations_of_awq_are_refused(tmp_path: Path) -> None:
-    tiny.save("llama", tmp_path / "dense")
-    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CONFIGS["awq"]())
-    model.save_pretrained(tmp_path / "packed")
-    tensors = load_file(tmp_path / "packed" / "model.safetensors")
-    tensors["model.layers.0.mlp.act_fn.scales"] = torch.ones(128)
-    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FormatError, match=r"act_fn\.scales: this checkpoint divides the activations"):
-        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-
-
 def test_opening_a_checkpoint_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.save("llama", tmp_path / "dense")
     model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CONFIGS["gptq"]())

@@ -20,7 +20,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a dense linear layer that can be swapped; subclasses may compute something else."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    return type(module) is nn.Linear or is_conv1d(module) or _is_falcons(module)
+
+
+def _is_falcons(module: nn.Module) -> bool:
+    """Whether this is Falcon's own subclass, which computes the same."""
+    kind = type(module)
+    return kind.__name__ == "FalconLinear" and kind.__module__ == "transformers.models.falcon.modeling_falcon"
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -15,7 +15,7 @@ permuted twice; ``scales fp16 [8 w, out]`` and ``qzeros`` (llm-awq: ``scaled_zer
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,6 +75,12 @@ class AwqWire(Wire[AwqSettings]):
     quant_method: ClassVar[str] = "awq"
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "scaled_zeros")
     marker: ClassVar[str] = "qweight"
+    activation_scales: ClassVar[tuple[str, ...]] = (
+        ".act.scales",
+        ".gelu_impl.scales",
+        ".act_fn.scales",
+        ".activation_fn.scales",
+    )
 
     def parse(self, config: Json) -> AwqSettings:
         bits_name = "w_bit" if "w_bit" in config and "bits" not in config else "bits"
@@ -101,14 +107,6 @@ class AwqWire(Wire[AwqSettings]):
 
     def spec(self, settings: AwqSettings) -> QuantSpec:
         return _spec(settings, torch.float16)
-
-    def check_names(self, others: Collection[str]) -> None:
-        for name in others:
-            if name.endswith((".act.scales", ".gelu_impl.scales", ".act_fn.scales", ".activation_fn.scales")):
-                raise FormatError(
-                    "this checkpoint divides the activations of its MLPs by scales, which lowbit doesn't do yet",
-                    tensor=name,
-                )
 
     def expected(self, settings: AwqSettings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         out_features, in_features = shape

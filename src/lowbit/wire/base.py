@@ -29,6 +29,7 @@ class Wire(abc.ABC, Generic[Settings]):
         quant_method: what ``quantization_config.quant_method`` calls the format.
         suffixes: the names that a weight's tensors have behind the module's name; all that may occur.
         marker: the suffix whose presence says that a module is quantized.
+        activation_scales: endings of tensors by which the outputs of an activation are divided.
 
     Three methods serve conversion: :meth:`settings_for` and :meth:`spelling` say how another format's weight would be
     spelled here, :meth:`join` makes one checkpoint of many weights.
@@ -38,10 +39,16 @@ class Wire(abc.ABC, Generic[Settings]):
     quant_method: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
+    activation_scales: ClassVar[tuple[str, ...]] = ()
 
     def detect(self, config: Json) -> bool:
         """Whether a ``quantization_config`` is of this wire."""
         return config.get("quant_method") == self.quant_method
+
+    def modules(self, names: Collection[str]) -> list[str]:
+        """The modules whose weights are packed, in the order of a checkpoint's `names`."""
+        ending = f".{self.marker}"
+        return [name.removesuffix(ending) for name in names if name.endswith(ending)]
 
     @abc.abstractmethod
     def parse(self, config: Json) -> Settings:

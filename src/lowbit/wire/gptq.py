@@ -12,23 +12,33 @@ it wraps around and does not become ``2**b``. Two dialects of version 1 differ i
 GPTQModel subtracts 1 from every field of a word at once, so that a field that wraps borrows from the next (2, 4 and
 8 bits); it signs its files in ``meta.quantizer``, and so do we, who write as it does. AutoGPTQ's reader, ``cuda_old``,
 takes each field for itself; files without that signature are read like that.
+
+``dynamic`` maps expressions over module names to settings of their own, the first that matches at a name's start
+decides; ``-:`` before it leaves a module dense. Files that were packed for the Marlin kernel are in
+:mod:`lowbit.wire.marlin`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.core import Grouping, QuantSpec, QuantTensor, integer_spec, pack, unpack
+from lowbit.core import Grouping, QuantSpec, QuantTensor, integer_spec, pack, patterns, unpack
 from lowbit.core.spec import TensorLayout
-from lowbit.errors import FormatError
+from lowbit.errors import FormatError, SpecError
+from lowbit.wire import marlin
 from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_tensor, require_tensors
 
 BITS = (2, 3, 4, 8)
+_LAYOUT = ("bits", "group_size", "sym", "desc_act")  # what `dynamic` may change that files depend on
+# exllama and ipex are names of kernels, for which nothing was packed in another way.
+_VERSIONS = {"gptq": 1, "gptq_v2": 2, "marlin": 1, "exllama": 1, "exllamav2": 1, "ipex": 1}
 SIGNATURE = {"quantizer": ["lowbit"]}
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,6 +50,9 @@ class GptqSettings:
     Attributes:
         version: 1 for ``checkpoint_format: gptq``, 2 for ``gptq_v2``.
         borrows: in version 1, whether the writer subtracted 1 from whole words.
+        marlin: whether weights are packed for the Marlin kernel.
+        rules: ``dynamic``: expressions over module names as they are spelled, each with the settings of the modules
+            that it matches, None where they stay dense.
     """
 
     bits: int
@@ -48,39 +61,77 @@ class GptqSettings:
     desc_act: bool = False
     version: int = 1
     borrows: bool = True
+    marlin: bool = False
+    rules: tuple[tuple[str, GptqSettings | None], ...] = ()
+
+    def rule_of(self, module: str) -> tuple[str, GptqSettings | None] | None:
+        """The first rule that matches a module, or None."""
+        return next((rule for rule in self.rules if patterns.match(_expression(rule[0]), module)), None)
 
 
 class GptqWire(Wire[GptqSettings]):
-    """Both versions of GPTQ."""
+    """Both versions of GPTQ, and the layout of Marlin."""
 
     name: ClassVar[str] = "gptq"
     quant_method: ClassVar[str] = "gptq"
-    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx", *marlin.SUFFIXES)
     marker: ClassVar[str] = "qweight"
 
+    def modules(self, names: Collection[str]) -> list[str]:
+        endings = (f".{self.marker}", f".{marlin.SUFFIXES[0]}")
+        return [name.rpartition(".")[0] for name in names if name.endswith(endings)]
+
     def parse(self, config: Json) -> GptqSettings:
-        spelled = config.get("checkpoint_format") or config.get("format") or "gptq"
-        versions = {"gptq": 1, "gptq_v2": 2}
-        if spelled not in versions:
-            raise FormatError("unknown GPTQ checkpoint format", found=repr(spelled)[:80], expected=sorted(versions))
-        return GptqSettings(
+        spelled = _format_of(config)
+        if spelled not in _VERSIONS:
+            raise FormatError("unknown GPTQ checkpoint format", found=repr(spelled)[:80], expected=sorted(_VERSIONS))
+        settings = GptqSettings(
             bits=field(config, "bits", int, allowed=BITS),
             group_size=group_size_of(config, "group_size"),
             symmetric=field(config, "sym", bool, True),
             desc_act=field(config, "desc_act", bool, False),
-            version=versions[spelled],
+            version=_VERSIONS[spelled],
             borrows=_writer_borrows(config.get("meta")),
+            marlin=spelled == "marlin",
         )
+        return replace(settings, rules=self._rules(config))
+
+    def _rules(self, config: Json) -> tuple[tuple[str, GptqSettings | None], ...]:
+        dynamic = field(config, "dynamic", dict, {}) if config.get("dynamic") is not None else {}
+        rules = []
+        for pattern, changes in dynamic.items():
+            try:
+                patterns.match(_expression(pattern), "")
+            except SpecError as error:
+                raise FormatError(f"quantization_config.dynamic: {error}", found=repr(pattern)[:80]) from error
+            if not isinstance(changes, Mapping):
+                raise FormatError("quantization_config.dynamic maps expressions to objects", found=repr(changes)[:80])
+            own = {key: changes[key] for key in _LAYOUT if key in changes}
+            kept = pattern.startswith("-:")
+            rules.append((pattern, None if kept else self.parse({**config, **own, "dynamic": None})))
+        return tuple(rules)
+
+    def of(self, settings: GptqSettings, module: str) -> GptqSettings:
+        rule = settings.rule_of(module)
+        return rule[1] if rule and rule[1] else replace(settings, rules=())
+
+    def join(self, settings: Mapping[str, GptqSettings], kept: Collection[str]) -> GptqSettings:
+        common = Counter(settings.values()).most_common(1)[0][0]
+        comparable = {(own.version, own.borrows, own.marlin) for own in settings.values()}
+        if len(comparable) > 1:
+            raise FormatError("a checkpoint has one version of GPTQ", found=sorted(comparable), expected="one")
+        rules: list[tuple[str, GptqSettings | None]] = [(f"-:^{re.escape(name)}$", None) for name in kept]
+        rules += [(f"+:^{re.escape(name)}$", own) for name, own in settings.items() if own != common]
+        return replace(common, rules=tuple(rules))
 
     def config(self, settings: GptqSettings) -> dict[str, Any]:
+        spelled = "marlin" if settings.marlin else "gptq" if settings.version == 1 else "gptq_v2"
         return {
             "quant_method": "gptq",
-            "bits": settings.bits,
-            "group_size": settings.group_size,
-            "sym": settings.symmetric,
-            "desc_act": settings.desc_act,
-            "checkpoint_format": "gptq" if settings.version == 1 else "gptq_v2",
+            **_layout_of(settings),
+            "checkpoint_format": spelled,
             **({"meta": SIGNATURE} if settings.borrows else {}),
+            **({"dynamic": {name: _layout_of(own) for name, own in settings.rules}} if settings.rules else {}),
         }
 
     def spec(self, settings: GptqSettings) -> QuantSpec:
@@ -90,6 +141,8 @@ class GptqWire(Wire[GptqSettings]):
     def expected(self, settings: GptqSettings, spec: QuantSpec, shape: tuple[int, int]) -> TensorLayout:
         out_features, in_features = shape
         groups = spec.grouping.counts(shape)[1]
+        if settings.marlin:
+            return marlin.layout(shape, groups)
         return {
             "qweight": ((in_features * spec.bits // 32, out_features), torch.int32),
             "qzeros": ((groups, out_features * spec.bits // 32), torch.int32),
@@ -98,6 +151,9 @@ class GptqWire(Wire[GptqSettings]):
         }
 
     def read(self, settings: GptqSettings, tensors: Mapping[str, Tensor]) -> QuantTensor:
+        if "B" in tensors:
+            return self._read_marlin(settings, tensors)
+        settings = replace(settings, marlin=False)  # some name the kernel there that shall run the plain layout
         require_tensors(tensors, ("qweight", "qzeros", "scales"))
         shape = self._shape(settings, tensors["qweight"])
         scales = tensors["scales"]
@@ -119,9 +175,21 @@ class GptqWire(Wire[GptqSettings]):
             own["group_index"] = group_index
         return QuantTensor(spec, own, shape).validate()
 
+    def _read_marlin(self, settings: GptqSettings, tensors: Mapping[str, Tensor]) -> QuantTensor:
+        if settings.marlin and settings.bits == marlin.BITS and settings.symmetric:
+            return marlin.read(settings.group_size, tensors)
+        raise FormatError(
+            "the weight is packed for the Marlin kernel, which the config doesn't say",
+            tensor="B",
+            found=_layout_of(settings),
+            expected='4 bits, symmetric, and "checkpoint_format": "marlin" (or "is_marlin_format": true)',
+        )
+
     def write(self, settings: GptqSettings, tensor: QuantTensor) -> dict[str, Tensor]:
         if reason := self.refusal(settings, tensor.spec, tensor.shape):
             raise FormatError(f"GPTQ can't spell this weight: {reason}", found=tensor.spec)
+        if settings.marlin:
+            return marlin.write(tensor)
         in_features, own = tensor.shape[1], tensor.tensors
         groups = tensor.spec.grouping.counts(tensor.shape)[1]
         zeros = unpack(own["zeros"], settings.bits, groups).t()
@@ -148,6 +216,8 @@ class GptqWire(Wire[GptqSettings]):
             return f"GPTQ has 2, 3, 4 and 8 bits, not {settings.bits}"
         if spec != wanted:
             return f"the checkpoint holds '{wanted}'"
+        if settings.marlin:
+            return marlin.refusal(settings.group_size, shape) if not spec.grouping.permuted else "Marlin has no g_idx"
         if in_features * spec.bits % 32 or out_features * spec.bits % 32:
             return f"{out_features} x {in_features} at {spec.bits} bits doesn't fill whole 32-bit words"
         return None
@@ -198,6 +268,26 @@ class GptqWire(Wire[GptqSettings]):
                 expected=middle - 1,
             )
         return pack(zeros.t(), settings.bits)
+
+
+def _format_of(config: Json) -> Any:
+    """AutoGPTQ 0.7 marked the layout of Marlin by a flag; the names of other kernels mean version 1."""
+    if config.get("is_marlin_format") is True:
+        return "marlin"
+    return config.get("checkpoint_format") or config.get("format") or "gptq"
+
+
+def _expression(pattern: object) -> str:
+    if not isinstance(pattern, str):
+        raise SpecError(f"a pattern is a text; found {pattern!r:.80}")
+    return pattern[2:] if pattern.startswith(("-:", "+:")) else pattern
+
+
+def _layout_of(settings: GptqSettings | None) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    values = (settings.bits, settings.group_size, settings.symmetric, settings.desc_act)
+    return dict(zip(_LAYOUT, values, strict=True))
 
 
 def _writer_borrows(meta: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -180,6 +180,17 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     return list(file.keys()), file.metadata() or {}
 
 
+def read_shapes(path: Path, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of some of the tensors in one file, from its header; those that it lacks are left out.
+
+    Raises:
+        FormatError: the file is not a valid safetensors file.
+    """
+    file = _open(path)
+    present = set(file.keys())
+    return {name: tuple(file.get_slice(name).get_shape()) for name in names if name in present}
+
+
 def _open(path: Path) -> Any:
     try:
         with path.open("rb") as file:
@@ -244,7 +255,7 @@ class _LazyWeights(Mapping[str, QuantTensor]):
         try:
             return self._wire.read(self._wire.of(self._settings, module), tensors)
         except FormatError as error:
-            raise error.inside(module, str(self._files.file_of(f"{module}.{self._wire.marker}"))) from error
+            raise error.inside(module, str(self._files.file_of(f"{module}.{self._suffixes[module][0]}"))) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._suffixes)
@@ -282,5 +293,4 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def quantized_modules(names: list[str], wire: Wire[Any]) -> list[str]:
     """The modules whose weights are stored in `wire`, in the order of the files."""
-    ending = f".{wire.marker}"
-    return [name.removesuffix(ending) for name in names if name.endswith(ending)]
+    return wire.modules(names)

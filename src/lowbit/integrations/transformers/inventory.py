@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.errors import FormatError
+from lowbit.nn.activation import scale_activations
 from lowbit.nn.swap import is_linear, linear_shape
 from lowbit.wire import Wire
-from lowbit.wire.store import read_header
+from lowbit.wire.store import read_header, read_shapes
 
 _LISTED = 8
 
@@ -67,21 +69,36 @@ class Inventory:
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._mergers = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        marker = f".{self.wire.marker}"
-        stored = [name.removesuffix(marker) for name in names if name.endswith(marker)]
+        stored = self.wire.modules(names)
         if not stored:
             raise FormatError(
                 "config.json declares a quantized checkpoint, but no tensor is",
                 file=self._where(),
-                found=f"{len(names)} tensors, none named *{marker}",
+                found=f"{len(names)} tensors, none named *.{self.wire.marker}",
                 expected=self.wire.name,
             )
         owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
         others = [name for name in names if name not in owned]
         self.wire.check_names(others)
+        self._scale_activations([name for name in others if name.endswith(self.wire.activation_scales)])
         self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
         self.packed = list(self.stored)
         self.dense = {target for name in others for target in self._targets(name)}
+
+    def _scale_activations(self, names: list[str]) -> None:
+        """Make room in the model for the scales of activations."""
+        sizes: dict[str, int] = {}
+        prefix = f"{self.model.base_model_prefix}."
+        for file in self.files if names else ():
+            for name, shape in read_shapes(file, names).items():
+                stored = name.removesuffix(".scales")
+                candidates = (stored, f"{prefix}{stored}", stored.removeprefix(prefix))
+                module = next((path for path in candidates if path in self._modules), stored)
+                sizes[module] = math.prod(shape)
+        if sizes:
+            scale_activations(self.model, sizes, next(self.model.parameters()).dtype)
+            self._expected |= {f"{module}.scales" for module in sizes}
+            self._modules = dict(self.model.named_modules())
 
     def _module_of(self, stored: str) -> str | None:
         """The module of a packed weight; None for what only the checkpoint's own class has (a pooler, a head)."""

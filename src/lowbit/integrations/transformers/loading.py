@@ -74,7 +74,7 @@ class QuantizeDense(ConversionOps):
         quantizer, dense = self.hf_quantizer, model.get_submodule(name)
         try:
             oriented = weight.T if is_conv1d(dense) else weight
-            tensor = quantizer.recipe.algorithm.quantize(oriented, quantizer.planned(name, weight.dtype))
+            tensor = quantizer.recipe.algorithm_of(name).quantize(oriented, quantizer.planned(name, weight.dtype))
         except LowbitError as error:
             raise self.hf_quantizer.note(type(error)(f"{name}: {error}")) from error
         bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
@@ -100,9 +100,10 @@ def read_converters(
 ) -> list[WeightConverter]:
     """The loader's instruction to collect ``X.qweight``, ``X.scales``, ... of each module X and read them together."""
     behind = module_lookbehind(modules, base_prefix)
-    patterns = {rf"\.{re.escape(suffix)}{_after(behind, suffix)}$": suffix for suffix in suffixes}
+    # The loader replaces the first occurrence of what was matched: the module's own name makes that the right one.
+    patterns = {rf"([^.]+)\.{re.escape(suffix)}{_after(behind, suffix)}$": suffix for suffix in suffixes}
     operation = ReadPacked(quantizer, patterns)
-    return [WeightConverter(list(patterns), f".{_ANCHOR}", [operation])]
+    return [WeightConverter(list(patterns), rf"([^.]+)\.{_ANCHOR}", [operation])]
 
 
 def module_lookbehind(modules: Iterable[str], base_prefix: str) -> list[str]:

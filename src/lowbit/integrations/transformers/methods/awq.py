@@ -19,6 +19,8 @@ _AWQ_KERNEL_NAMES = ("exllama", "ipex", "marlin")
 class AwqConfig(transformers.AwqConfig):
     """`transformers.AwqConfig` with the versions ``exllama``, ``marlin`` and ``ipex``: kernels for gemm files.
 
+    `w_bit` and `q_group_size`, AutoAWQ's own names for `bits` and `group_size`, are taken too.
+
     The arguments of fused modules (`do_fuse`, `fuse_max_seq_len`, `modules_to_fuse`) are checked as they were; fusing
     itself is not implemented, which a warning says.
 
@@ -29,6 +31,9 @@ class AwqConfig(transformers.AwqConfig):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_exllama(kwargs.pop("exllama_config", None))
         _check_fusing(kwargs)
+        for old, name in (("w_bit", "bits"), ("q_group_size", "group_size")):
+            if old in kwargs:
+                kwargs.setdefault(name, kwargs.pop(old))
         spelled = kwargs.get("version")
         self.kernel_version = spelled.lower() if isinstance(spelled, str) else None
         if self.kernel_version in _AWQ_KERNEL_NAMES:

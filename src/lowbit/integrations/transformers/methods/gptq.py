@@ -6,18 +6,21 @@ import importlib.metadata
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 import transformers
 
-from lowbit.algorithms import RoundToNearest
+from lowbit.algorithms import Algorithm, RoundToNearest
+from lowbit.core import Kept, QuantSpec
 from lowbit.errors import FormatError
 from lowbit.integrations.transformers.recipe import Method, Recipe
 from lowbit.wire import wire_named
+from lowbit.wire.gptq import GptqSettings
 
 _EXLLAMA_VERSIONS = (1, 2)
 _MODULE_NAME = re.compile(r"[\w.\-]+")
-_LAYOUT = ("bits", "group_size", "sym", "desc_act")  # what GPTQModel's `dynamic` may change that files depend on
 
 
 class GPTQConfig(transformers.GPTQConfig):
@@ -28,7 +31,7 @@ class GPTQConfig(transformers.GPTQConfig):
 
     `modules_to_not_convert` takes the patterns of :func:`lowbit.nn.planning.matches`. The modules that were left out
     are stored as AWQ does, and besides as GPTQModel and vLLM read it: ``dynamic``, with ``-:`` and a regular expression
-    each.
+    each. `dynamic` may also give modules other `bits`, `group_size`, `sym` and `desc_act`.
 
     Raises:
         ValueError: both `use_exllama` and `disable_exllama` are given, or the version is not 1 or 2.
@@ -43,7 +46,9 @@ class GPTQConfig(transformers.GPTQConfig):
         exllama_config: dict[str, Any] | None = None,
         disable_exllama: bool | None = None,
         modules_to_not_convert: list[str] | None = None,
+        modules_in_block_to_quantize: list[list[str]] | None = None,
         dynamic: dict[str, Any] | None = None,
+        is_marlin_format: bool = False,
         **kwargs: Any,
     ) -> None:
         if use_exllama is not None and disable_exllama is not None:
@@ -52,7 +57,11 @@ class GPTQConfig(transformers.GPTQConfig):
             use_exllama = not disable_exllama
         check_exllama(exllama_config)
         _check_left_out(modules_to_not_convert, dynamic)
+        if is_marlin_format:
+            kwargs |= {"checkpoint_format": "marlin"}
         super().__init__(bits, *args, **kwargs)
+        # Given to Transformers' own class it would ask for a package that lowbit doesn't need.
+        self.modules_in_block_to_quantize = modules_in_block_to_quantize or self.modules_in_block_to_quantize
         self.use_exllama = use_exllama
         self.modules_to_not_convert = modules_to_not_convert
         self.dynamic = dynamic
@@ -68,6 +77,8 @@ class GPTQConfig(transformers.GPTQConfig):
         for name in ("modules_to_not_convert", "dynamic"):
             if not data[name]:
                 del data[name]
+        if self.format == "marlin":
+            data["is_marlin_format"] = True  # what AutoGPTQ looks for
         return data
 
 
@@ -94,26 +105,55 @@ def recipe(config: Any, data: Mapping[str, Any]) -> Recipe:
         wire=wire,
         settings=settings,
         algorithm=RoundToNearest(symmetric=settings.symmetric),
-        skip=(*(data.get("modules_to_not_convert") or ()), *_excluded(data)),
+        skip=tuple(data.get("modules_to_not_convert") or ()),
         kernel="torch" if getattr(config, "use_exllama", None) is False else None,
         only_blocks=True,
+        choose=partial(
+            _choose,
+            settings,
+            _suffixes(data.get("modules_in_block_to_quantize")),
+            data.get("block_name_to_quantize"),
+        ),
+        algorithms=partial(_algorithm, settings) if settings.rules else None,
     )
 
 
-def _excluded(data: Mapping[str, Any]) -> list[str]:
-    """The patterns of modules that GPTQModel's ``dynamic`` leaves dense.
+def _choose(
+    settings: GptqSettings,
+    suffixes: tuple[str, ...],
+    blocks: str | None,
+    module: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> QuantSpec | Kept:
+    """The spec of a module that is quantized on the fly, as the config's selections and ``dynamic`` have it."""
+    wire, rule = wire_named("gptq"), settings.rule_of(module)
+    if rule and rule[1] is None:
+        return Kept(f"skipped by dynamic '{rule[0]}'")
+    if suffixes and not f".{module}".endswith(suffixes):
+        return Kept("skipped: not among modules_in_block_to_quantize")
+    if blocks and not module.startswith(f"{blocks}."):
+        return Kept(f"skipped: not in block_name_to_quantize '{blocks}'")
+    spec: QuantSpec = wire.spec(wire.of(settings, module))
+    return spec
+
+
+def _algorithm(settings: GptqSettings, module: str) -> Algorithm:
+    return RoundToNearest(symmetric=wire_named("gptq").of(settings, module).symmetric)
+
+
+def _suffixes(groups: Any) -> tuple[str, ...]:
+    """The modules of a block that are quantized, from the lists in which they are calibrated together; () for all.
 
     Raises:
-        FormatError: it gives some modules another layout.
+        FormatError: not a list of lists of names.
     """
-    rules = data.get("dynamic") or {}
-    for pattern, changes in rules.items():
-        if not pattern.startswith("-:") and any(changes.get(key, data.get(key)) != data.get(key) for key in _LAYOUT):
-            raise FormatError(
-                "modules with settings of their own are not supported yet", found=f"dynamic: {pattern}"[:80]
-            )
-    # There a match may end anywhere in the name.
-    return [f"(?:{pattern[2:]}).*" for pattern in rules if pattern.startswith("-:")]
+    lists = [] if groups is None else groups
+    if not isinstance(lists, list) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists
+    ):
+        raise FormatError("modules_in_block_to_quantize is a list of lists of names", found=repr(groups)[:80])
+    return tuple(f".{name}" for names in lists for name in names)
 
 
 def prepare(config: Any) -> None:
