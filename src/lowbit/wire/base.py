@@ -87,6 +87,14 @@ class Wire(abc.ABC, Generic[Settings]):
         """
         raise FormatError(f"the format '{self.name}' can't be converted to", found=spec)
 
+    def vary(self, settings: Settings, variant: str) -> Settings:
+        """The settings of a variant of the format by its name, as in ``lowbit convert --to awq:gemv``.
+
+        Raises:
+            FormatError: there is no such variant; says which there are.
+        """
+        raise FormatError(f"'{self.name}' has no variants", found=variant)
+
     def spelling(self, settings: Settings, spec: QuantSpec) -> QuantSpec:
         """The spec nearest to `spec` that :meth:`write` takes under these settings (of one module)."""
         del spec
