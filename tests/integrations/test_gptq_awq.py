@@ -182,6 +182,7 @@ def add_scales(folder: Path, kind: str, scales: torch.Tensor) -> str:
     return f"{prefix}{parts[1]}"
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:DeprecationWarning")  # older gpt_bigcode, when imported
 @pytest.mark.parametrize("kind", SCALED)
 def test_scaled_activations_of_awq(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
