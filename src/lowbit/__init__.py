@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowbit.core import IntCode, Kept, Plan, QuantSpec, QuantTensor
     from lowbit.errors import FormatError, KernelUnavailable, LowbitError, PlanError, SpecError
-    from lowbit.integrations.transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, register, unregister
+    from lowbit.integrations.transformers import (
+        AwqConfig,
+        BitsAndBytesConfig,
+        GPTQConfig,
+        HqqConfig,
+        register,
+        unregister,
+    )
     from lowbit.wire import Checkpoint, open_checkpoint
 
 __version__ = "0.1.0"
@@ -19,7 +26,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "lowbit.core": ("IntCode", "Kept", "Plan", "QuantSpec", "QuantTensor"),
     "lowbit.errors": ("FormatError", "KernelUnavailable", "LowbitError", "PlanError", "SpecError"),
-    "lowbit.integrations.transformers": ("AwqConfig", "BitsAndBytesConfig", "GPTQConfig", "register", "unregister"),
+    "lowbit.integrations.transformers": (
+        "AwqConfig",
+        "BitsAndBytesConfig",
+        "GPTQConfig",
+        "HqqConfig",
+        "register",
+        "unregister",
+    ),
     "lowbit.wire": ("Checkpoint", "open_checkpoint"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -30,6 +44,7 @@ __all__ = [
     "Checkpoint",
     "FormatError",
     "GPTQConfig",
+    "HqqConfig",
     "IntCode",
     "Kept",
     "KernelUnavailable",

@@ -33,10 +33,11 @@ class Algorithm(abc.ABC):
 @functools.cache
 def _registered() -> list[Algorithm]:
     from lowbit.algorithms.blockwise import BlockwiseTable
+    from lowbit.algorithms.hqq import HalfQuadratic
     from lowbit.algorithms.rows import Int8Rows
     from lowbit.algorithms.rtn import RoundToNearest
 
-    return [BlockwiseTable(), Int8Rows(), RoundToNearest()]
+    return [BlockwiseTable(), Int8Rows(), HalfQuadratic(), RoundToNearest()]
 
 
 def register_algorithm(algorithm: Algorithm) -> None:

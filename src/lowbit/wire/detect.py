@@ -10,11 +10,12 @@ from lowbit.wire.awq import AwqWire
 from lowbit.wire.base import Json, Wire
 from lowbit.wire.bitsandbytes import Bitsandbytes4Wire, Bitsandbytes8Wire
 from lowbit.wire.gptq import GptqWire
+from lowbit.wire.hqq import HqqWire
 
 
 @functools.cache
 def _registered() -> list[Wire[Any]]:
-    return [Bitsandbytes4Wire(), Bitsandbytes8Wire(), GptqWire(), AwqWire()]
+    return [Bitsandbytes4Wire(), Bitsandbytes8Wire(), GptqWire(), AwqWire(), HqqWire()]
 
 
 def wires() -> tuple[Wire[Any], ...]:

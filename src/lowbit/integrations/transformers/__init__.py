@@ -4,6 +4,7 @@ from lowbit.integrations.transformers.auto import auto_class
 from lowbit.integrations.transformers.methods.awq import AwqConfig
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig
+from lowbit.integrations.transformers.methods.hqq import HqqConfig
 from lowbit.integrations.transformers.recipe import Recipe
 from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
 
@@ -11,6 +12,7 @@ __all__ = [
     "AwqConfig",
     "BitsAndBytesConfig",
     "GPTQConfig",
+    "HqqConfig",
     "Recipe",
     "auto_class",
     "register",

@@ -85,6 +85,9 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, dtype: Any = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        if getattr(model, "quantization_method", None) == "hqq":
+            # Under this name Transformers' own `to` and `cuda` import hqq.
+            model.quantization_method = "lowbit"
         if self.pre_quantized:
             self._plan_packed(model, dtype or torch.get_default_dtype(), checkpoint_files)
         else:
