@@ -9,13 +9,14 @@ from lowbit.errors import FormatError
 from lowbit.wire.awq import AwqWire
 from lowbit.wire.base import Json, Wire
 from lowbit.wire.bitsandbytes import Bitsandbytes4Wire, Bitsandbytes8Wire
+from lowbit.wire.gguf.wire import GgufWire
 from lowbit.wire.gptq import GptqWire
 from lowbit.wire.hqq import HqqWire
 
 
 @functools.cache
 def _registered() -> list[Wire[Any]]:
-    return [Bitsandbytes4Wire(), Bitsandbytes8Wire(), GptqWire(), AwqWire(), HqqWire()]
+    return [Bitsandbytes4Wire(), Bitsandbytes8Wire(), GptqWire(), AwqWire(), HqqWire(), GgufWire()]
 
 
 def wires() -> tuple[Wire[Any], ...]:

@@ -15,6 +15,7 @@ from lowbit.core import Kept, Plan, QuantTensor
 from lowbit.errors import FormatError
 from lowbit.wire.base import Wire
 from lowbit.wire.detect import find_wire
+from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -169,6 +170,9 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         FormatError: the file is pickled, or not a valid safetensors file.
     """
+    if is_gguf(path):
+        found = GgufCheckpointFiles(path)
+        return found.names(), found.metadata()
     if path.suffix != ".safetensors":
         raise FormatError(
             "pickled weights are not read, since loading them can run any code: convert them to safetensors",
@@ -215,7 +219,9 @@ class Checkpoint:
         settings: of the wire, for the whole checkpoint.
     """
 
-    def __init__(self, files: CheckpointFiles, wire: Wire[Any], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, files: CheckpointFiles | GgufCheckpointFiles, wire: Wire[Any], config: Mapping[str, Any]
+    ) -> None:
         self.format, self.config, self.files, self.wire = wire.name, config, files, wire
         self._modules = quantized_modules(files.names(), wire)
         self.settings = wire.bind(wire.parse(config), files.metadata())
@@ -243,7 +249,9 @@ class Checkpoint:
 
 
 class _LazyWeights(Mapping[str, QuantTensor]):
-    def __init__(self, files: CheckpointFiles, wire: Wire[Any], settings: Any, modules: list[str]) -> None:
+    def __init__(
+        self, files: CheckpointFiles | GgufCheckpointFiles, wire: Wire[Any], settings: Any, modules: list[str]
+    ) -> None:
         self._files, self._wire, self._settings = files, wire, settings
         present = set(files.names())
         self._suffixes = {
@@ -265,12 +273,15 @@ class _LazyWeights(Mapping[str, QuantTensor]):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a quantized checkpoint folder; reads headers and configuration only.
+    """Open a quantized checkpoint, a folder or a GGUF file; reads headers and configuration only.
 
     Raises:
-        FormatError: not a folder of safetensors files, not quantized, or in a format that no wire reads.
+        FormatError: neither a folder of safetensors files nor a GGUF file, not quantized, or in a format that no wire
+            reads.
     """
     folder = Path(path)
+    if is_gguf(folder) and not folder.is_dir():
+        return _open_gguf(folder)
     config = quantization_config(folder)
     if config is None:
         raise FormatError(
@@ -289,6 +300,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             expected=wire.name,
         )
     return Checkpoint(files, wire, config)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    files = GgufCheckpointFiles(path)
+    if not files.types:
+        raise FormatError("the checkpoint is not quantized", file=str(path), found="plain numbers only")
+    return Checkpoint(files, find_wire({"quant_method": "gguf"}), {"quant_method": "gguf"})
 
 
 def quantized_modules(names: list[str], wire: Wire[Any]) -> list[str]:
