@@ -18,7 +18,7 @@ from lowbit.core.packing import pack, sign_extend, unpack
 from lowbit.core.qtensor import QuantTensor
 from lowbit.core.reference import decode_scales, decode_zeros
 from lowbit.core.regroup import coarser, regroup, spread
-from lowbit.core.spec import FloatCode, IntCode, QuantSpec, TableCode, VectorCode
+from lowbit.core.spec import IntCode, QuantSpec, TableCode, VectorCode
 from lowbit.errors import SpecError
 
 
@@ -219,7 +219,7 @@ def _one_level(tensor: QuantTensor, target: QuantSpec) -> dict[str, Tensor]:
 def _codes(tensor: QuantTensor) -> Tensor:
     """The codes as they are or, where they are packed, one per byte; ``[out, in]``, unsigned where packed."""
     spec, codes = tensor.spec, tensor.tensors["codes"]
-    if isinstance(spec.code, FloatCode | VectorCode) or spec.bits == 8:
+    if not isinstance(spec.code, IntCode | TableCode) or spec.bits == 8:
         return codes
     count = tensor.shape[0] * tensor.shape[1] if spec.grouping.flat else tensor.shape[1]
     values = unpack(codes, spec.bits, count).reshape(tensor.shape)

@@ -15,8 +15,8 @@ permuted twice; ``scales fp16 [8 w, out]`` and ``qzeros`` (llm-awq: ``scaled_zer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,11 +31,15 @@ from lowbit.wire.base import (
     Wire,
     as_bytes,
     as_words,
+    bits_for,
     field,
+    group_size_for,
     group_size_of,
+    names_in,
     require_layout,
     require_tensor,
     require_tensors,
+    scale_dtype_for,
 )
 
 BITS = 4
@@ -60,12 +64,14 @@ class AwqSettings:
     Attributes:
         layout: one of :data:`LAYOUTS`.
         version: how the file spells it (``llm-awq`` is the layout gemv_fast), kept for writing.
+        skip: ``modules_to_not_convert``, which other readers need; here the files decide.
     """
 
     layout: str = "gemm"
     group_size: int = 128
     zero_point: bool = True
     version: str = "gemm"
+    skip: tuple[str, ...] = ()
 
 
 class AwqWire(Wire[AwqSettings]):
@@ -94,6 +100,7 @@ class AwqWire(Wire[AwqSettings]):
             group_size=group_size_of(config, "group_size", "q_group_size"),
             zero_point=field(config, "zero_point", bool, True),
             version=version,
+            skip=names_in(config, "modules_to_not_convert"),
         )
 
     def config(self, settings: AwqSettings) -> dict[str, Any]:
@@ -103,7 +110,25 @@ class AwqWire(Wire[AwqSettings]):
             "group_size": settings.group_size,
             "zero_point": settings.zero_point,
             "version": settings.version,
+            **({"modules_to_not_convert": list(settings.skip)} if settings.skip else {}),
         }
+
+    def settings_for(self, spec: QuantSpec) -> AwqSettings:
+        bits_for(spec, (BITS,))
+        layout = "gemv_fast" if spec.zero is not None and spec.zero.kind == "additive" else "gemm"
+        return AwqSettings(layout, group_size_for(spec), zero_point=spec.zero is not None, version=layout)
+
+    def vary(self, settings: AwqSettings, variant: str) -> AwqSettings:
+        if variant not in (*LAYOUTS, "llm-awq"):
+            raise FormatError("unknown variant of AWQ", found=variant, expected=[*LAYOUTS, "llm-awq"])
+        return replace(settings, layout=_VERSIONS[variant], version=variant)
+
+    def spelling(self, settings: AwqSettings, spec: QuantSpec) -> QuantSpec:
+        return _spec(settings, scale_dtype_for(spec))
+
+    def join(self, settings: Mapping[str, AwqSettings], kept: Collection[str]) -> AwqSettings:
+        # The head and what is tied to it are left out by every reader, whatever else is.
+        return replace(super().join(settings, kept), skip=tuple(name for name in kept if "." in name))
 
     def spec(self, settings: AwqSettings) -> QuantSpec:
         return _spec(settings, torch.float16)

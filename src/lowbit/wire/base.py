@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit.core import QuantSpec, QuantTensor
+from lowbit.core import FloatCode, IntCode, QuantSpec, QuantTensor, TableCode
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
 
@@ -216,6 +216,49 @@ def group_size_of(config: Json, *names: str, default: int = 128) -> int:
             f"quantization_config.{name} is out of range", found=size, expected="-1 or a positive integer"
         )
     return size
+
+
+def names_in(config: Json, name: str) -> tuple[str, ...]:
+    """A list of texts in a configuration; absent or null is none.
+
+    Raises:
+        FormatError: anything else.
+    """
+    value = config.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise FormatError(f"quantization_config.{name} is not a list of names", found=repr(value)[:80])
+    return tuple(value)
+
+
+def group_size_for(spec: QuantSpec) -> int:
+    """The size of groups along the input axis that is nearest to those of another format's spec, -1 for whole rows.
+
+    Raises:
+        FormatError: its groups run across the rows.
+    """
+    if spec.grouping.strided:
+        raise FormatError("groups run along the input axis here", found=spec.grouping, expected="neighbouring columns")
+    return spec.grouping.cols or -1
+
+
+def bits_for(spec: QuantSpec, allowed: Sequence[int]) -> int:
+    """The least of `allowed` that holds another format's codes, or the largest of them.
+
+    Raises:
+        FormatError: they are no numbers of their own, but vectors or blocks.
+    """
+    if not isinstance(spec.code, IntCode | TableCode | FloatCode):
+        raise FormatError("codes are integers here", found=spec.code, expected=f"{list(allowed)} bits")
+    return next((bits for bits in allowed if bits >= spec.bits), allowed[-1])
+
+
+def scale_dtype_for(spec: QuantSpec) -> torch.dtype:
+    """A dtype that holds the scales of another format's spec: its own, if it is not a small one."""
+    if spec.scale.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return spec.scale.dtype
+    return torch.float16 if spec.scale.dtype == torch.float8_e4m3fn else torch.float32
 
 
 def as_words(packed: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:

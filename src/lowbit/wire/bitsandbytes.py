@@ -19,8 +19,8 @@ older checkpoints lack.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -29,7 +29,17 @@ from torch import Tensor
 from lowbit.core import QuantSpec, QuantTensor, TableCode, dtypes, int8_spec, table_spec
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
-from lowbit.wire.base import Json, Wire, as_bytes, field, require_tensor, require_tensors
+from lowbit.wire.base import (
+    Json,
+    Wire,
+    as_bytes,
+    bits_for,
+    field,
+    group_size_for,
+    names_in,
+    require_tensor,
+    require_tensors,
+)
 
 BLOCK_SIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 TYPES: Final = ("nf4", "fp4")
@@ -48,6 +58,7 @@ class Settings4:
     compute_dtype: torch.dtype = torch.float32
     block_size: int = 64
     dtype: torch.dtype = torch.bfloat16
+    skip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,7 @@ class Settings8:
     """What ``config.json`` says of an 8-bit checkpoint."""
 
     threshold: float = 6.0
+    skip: tuple[str, ...] = ()
 
 
 class Bitsandbytes4Wire(Wire[Settings4]):
@@ -82,6 +94,7 @@ class Bitsandbytes4Wire(Wire[Settings4]):
             nested=field(config, "bnb_4bit_use_double_quant", bool, False),
             storage=dtypes.parse(config.get("bnb_4bit_quant_storage") or "uint8", STORAGE),
             compute_dtype=dtypes.parse(config.get("bnb_4bit_compute_dtype") or "float32"),
+            skip=names_in(config, "llm_int8_skip_modules"),
         )
 
     def config(self, settings: Settings4) -> dict[str, Any]:
@@ -90,7 +103,46 @@ class Bitsandbytes4Wire(Wire[Settings4]):
             "bnb_4bit_quant_storage": dtypes.name_of(settings.storage),
             "bnb_4bit_quant_type": settings.type,
             "bnb_4bit_use_double_quant": settings.nested,
+            "llm_int8_skip_modules": list(settings.skip) or None,
         }
+
+    def settings_for(self, spec: QuantSpec) -> Settings4:
+        bits_for(spec, (4,))
+        name = spec.code.name if isinstance(spec.code, TableCode) and spec.code.name in TYPES else "nf4"
+        size = group_size_for(spec)
+        second = spec.scale.second
+        return Settings4(
+            name,
+            nested=second is not None and second.kind == "table",
+            compute_dtype=spec.dtype,
+            block_size=next((block for block in reversed(BLOCK_SIZES) if size > 0 and size % block == 0), 64),
+            dtype=spec.dtype,
+        )
+
+    def vary(self, settings: Settings4, variant: str) -> Settings4:
+        if variant not in TYPES:
+            raise FormatError("unknown variant of 4-bit bitsandbytes", found=variant, expected=list(TYPES))
+        return replace(settings, type=variant)
+
+    def spelling(self, settings: Settings4, spec: QuantSpec) -> QuantSpec:
+        second = spec.scale.second
+        nested = settings.nested and second is not None
+        return table_spec(
+            settings.type,
+            block_size=settings.block_size,
+            nested=nested,
+            nested_block=second.size if nested and second else 256,
+            dtype=spec.dtype,
+        )
+
+    def join(self, settings: Mapping[str, Settings4], kept: Collection[str]) -> Settings4:
+        # Block sizes and dtypes are in each weight's own state.
+        first = next(iter(settings.values()))
+        alike = {
+            name: replace(own, block_size=first.block_size, dtype=first.dtype, compute_dtype=first.compute_dtype)
+            for name, own in settings.items()
+        }
+        return replace(super().join(alike, kept), skip=_skip(kept))
 
     def spec(self, settings: Settings4) -> QuantSpec:
         return table_spec(settings.type, block_size=settings.block_size, nested=settings.nested, dtype=settings.dtype)
@@ -191,10 +243,18 @@ class Bitsandbytes8Wire(Wire[Settings8]):
                 found=repr(threshold)[:80],
                 expected="0 or more",
             )
-        return Settings8(float(threshold))
+        return Settings8(float(threshold), names_in(config, "llm_int8_skip_modules"))
 
     def config(self, settings: Settings8) -> dict[str, Any]:
-        return _config(four=False) | {"llm_int8_threshold": settings.threshold}
+        skip = list(settings.skip) or None
+        return _config(four=False) | {"llm_int8_threshold": settings.threshold, "llm_int8_skip_modules": skip}
+
+    def settings_for(self, spec: QuantSpec) -> Settings8:
+        bits_for(spec, (8,))
+        return Settings8(spec.activation.threshold if spec.activation.kind == "int8" else 6.0)
+
+    def join(self, settings: Mapping[str, Settings8], kept: Collection[str]) -> Settings8:
+        return replace(super().join(settings, kept), skip=_skip(kept))
 
     def spec(self, settings: Settings8) -> QuantSpec:
         return int8_spec(settings.threshold)
@@ -243,6 +303,11 @@ def is_bitsandbytes(config: Json) -> bool:
     return config.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(
         {"load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit"} & set(config)
     )
+
+
+def _skip(kept: Collection[str]) -> tuple[str, ...]:
+    """Readers leave heads alone by themselves, but only as long as nothing is listed."""
+    return tuple(kept) if any("." in name for name in kept) else ()
 
 
 def _config(*, four: bool) -> dict[str, Any]:

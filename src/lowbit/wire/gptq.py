@@ -33,7 +33,19 @@ from lowbit.core import Grouping, QuantSpec, QuantTensor, integer_spec, pack, pa
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError, SpecError
 from lowbit.wire import marlin
-from lowbit.wire.base import Json, Wire, as_bytes, as_words, field, group_size_of, require_tensor, require_tensors
+from lowbit.wire.base import (
+    Json,
+    Wire,
+    as_bytes,
+    as_words,
+    bits_for,
+    field,
+    group_size_for,
+    group_size_of,
+    require_tensor,
+    require_tensors,
+    scale_dtype_for,
+)
 
 BITS = (2, 3, 4, 8)
 _LAYOUT = ("bits", "group_size", "sym", "desc_act")  # what `dynamic` may change that files depend on
@@ -114,6 +126,24 @@ class GptqWire(Wire[GptqSettings]):
     def of(self, settings: GptqSettings, module: str) -> GptqSettings:
         rule = settings.rule_of(module)
         return rule[1] if rule and rule[1] else replace(settings, rules=())
+
+    def settings_for(self, spec: QuantSpec) -> GptqSettings:
+        return GptqSettings(
+            bits=bits_for(spec, BITS),
+            group_size=group_size_for(spec),
+            symmetric=spec.zero is None,
+            desc_act=spec.grouping.permuted,
+        )
+
+    def vary(self, settings: GptqSettings, variant: str) -> GptqSettings:
+        variants: dict[str, dict[str, Any]] = {"v1": {"version": 1}, "v2": {"version": 2}, "marlin": {"marlin": True}}
+        if variant not in variants:
+            raise FormatError("unknown variant of GPTQ", found=variant, expected=sorted(variants))
+        return replace(settings, **variants[variant])
+
+    def spelling(self, settings: GptqSettings, spec: QuantSpec) -> QuantSpec:
+        permuted = spec.grouping.permuted and settings.group_size == spec.grouping.cols
+        return integer_spec(settings.bits, settings.group_size, permuted=permuted, scale_dtype=scale_dtype_for(spec))
 
     def join(self, settings: Mapping[str, GptqSettings], kept: Collection[str]) -> GptqSettings:
         common = Counter(settings.values()).most_common(1)[0][0]

@@ -1,0 +1,61 @@
+"""Which modules of a checkpoint's model are linear layers; from its configuration, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from lowbit.nn.swap import is_conv1d, is_linear
+
+_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModel")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The linear layers of a model, by module name; None where Transformers doesn't know the model.
+
+    Attributes:
+        transposed: those that store their weight as ``[in, out]`` (GPT-2's `Conv1D`).
+        prefix: of the base model, which files may leave out.
+    """
+
+    linears: frozenset[str] | None = None
+    transposed: frozenset[str] = frozenset()
+    prefix: str = ""
+
+    def kept(self, packed: Collection[str], dense: Collection[str]) -> list[str]:
+        """The linear layers that are not packed, as the checkpoint's files name them; tied heads, which they don't."""
+        stored = [name.removesuffix(".weight") for name in dense if name.endswith(".weight")]
+        if self.linears is None:
+            return sorted({name for name in stored if name.rpartition(".")[2].endswith(("proj", "head"))} | {"lm_head"})
+        found = {name for name in stored if self._knows(name, self.linears)}
+        tied = {name for name in self.linears if "." not in name and name not in packed}
+        return sorted(found | tied)
+
+    def is_transposed(self, module: str) -> bool:
+        return self._knows(module, self.transposed)
+
+    def _knows(self, name: str, names: frozenset[str]) -> bool:
+        return name in names or f"{self.prefix}.{name}" in names
+
+
+def outline(folder: Path) -> Outline:
+    """The outline of the model in a checkpoint's folder; empty where Transformers has no such model."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError):
+        return Outline()
+    for name in _CLASSES:
+        try:
+            with torch.device("meta"):
+                model = getattr(transformers, name).from_config(config)
+        except (ValueError, ImportError, AttributeError):
+            continue
+        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+        transposed = frozenset(name for name, module in linears.items() if is_conv1d(module))
+        return Outline(frozenset(linears), transposed, model.base_model_prefix)
+    return Outline()
