@@ -74,6 +74,9 @@ def to_groups(weight: Tensor, grouping: Grouping) -> Tensor:
     if grouping.flat:
         flat = weight.reshape(-1)
         return functional.pad(flat, (0, -flat.numel() % grouping.cols)).view(-1, grouping.cols)
+    if grouping.strided:
+        flat = weight.reshape(-1)
+        return functional.pad(flat, (0, -flat.numel() % grouping.cols)).view(grouping.cols, -1).t()
     rows, cols = grouping.rows or weight.shape[0], grouping.cols or weight.shape[1]
     padded = functional.pad(weight, (0, -weight.shape[1] % cols, 0, -weight.shape[0] % rows))
     tiles = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, cols))
@@ -84,6 +87,8 @@ def from_groups(groups: Tensor, grouping: Grouping, shape: tuple[int, int]) -> T
     """The inverse of :func:`to_groups`; drops the padding."""
     if grouping.flat:
         return groups.reshape(-1)[: shape[0] * shape[1]].view(shape)
+    if grouping.strided:
+        return groups.t().reshape(-1)[: shape[0] * shape[1]].view(shape)
     rows, cols = grouping.rows or shape[0], grouping.cols or shape[1]
     tiles = groups.unflatten(2, (rows, cols)).transpose(1, 2)
     return tiles.flatten(0, 1).flatten(1)[: shape[0], : shape[1]]
