@@ -1,7 +1,7 @@
 """Tables that several formats share: what each code stands for.
 
-The small floating-point numbers of the OCP microscaling formats first: their codes are in the order of their bits: sign,
-exponent, mantissa. Neither format has infinities or NaNs.
+The small floating-point numbers of the OCP microscaling formats first: their codes are in the order of their bits,
+sign, exponent, mantissa. Neither format has infinities or NaNs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ and ternary types are not taken apart at all (:class:`~lowbit.core.spec.BlockCod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import torch
@@ -15,27 +15,26 @@ from torch import Tensor
 
 from lowbit.core import (
     BlockCode,
+    Code,
     FloatCode,
-    Grouping,
     IntCode,
     QuantSpec,
     QuantTensor,
-    Scale,
-    SecondLevel,
     TableCode,
-    Zero,
     pack,
     unpack,
 )
 from lowbit.core.blocks import block_scales
+from lowbit.core.ggml import GGML_SPECS, ggml_type_of
 from lowbit.core.spec import Activation
 from lowbit.core.tables import E2M1, IQ4_NL, SIGN
 from lowbit.errors import FormatError
 from lowbit.wire.gguf import planes
-from lowbit.wire.gguf.types import DTYPES, GgmlType
+from lowbit.wire.gguf.types import GgmlType
 
 _CHUNK: Final = 1 << 21  # weights handled at once
 _SIGN_BIT: Final = -(1 << 15)
+SPECS: Final[Mapping[GgmlType, QuantSpec]] = {GgmlType[name]: spec for name, spec in GGML_SPECS.items()}
 _TABLES: Final = {"e2m1": E2M1, "iq4_nl": IQ4_NL, "sign": SIGN}
 _HALF: Final = torch.float16
 
@@ -50,55 +49,26 @@ class Plane(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
-class Codec:
-    """One type: ``fields`` are the block's in order, ``planes`` the codes' bits from the lowest, ``spec`` the meaning.
+class Layout(NamedTuple):
+    """Where the numbers of a block are.
 
-    `read_levels` gives the first-level scales (and mins) of a two-level type from the fields, `write_levels` is its
-    inverse; `supers` names the field of the super-scale and that of the mins.
+    Attributes:
+        fields: name and bytes of each, in order. ``d`` is the scale (or super-scale), ``m`` the min, ``dmin`` the
+            mins' super-scale.
+        planes: the codes' bits, from the lowest.
+        read_levels: of a two-level type, the first-level scales (and mins) from the fields.
+        write_levels: its inverse.
     """
 
-    spec: QuantSpec
     fields: tuple[tuple[str, int], ...]
     planes: tuple[Plane, ...]
     read_levels: Callable[[Fields], tuple[Tensor, ...]] | None = None
     write_levels: Callable[..., Fields] | None = None
 
-    @property
-    def offset(self) -> int:
-        """What turns a stored code into two's complement: signed codes are stored with half the range added."""
-        code = self.spec.code
-        return 1 << code.bits - 1 if isinstance(code, IntCode) and code.signed and code.bits < 8 else 0
-
-
-def _integer(bits: int, group: int, *, signed: bool = False, zero: bool = False) -> QuantSpec:
-    return QuantSpec(
-        code=IntCode(bits, signed),
-        scale=Scale(_HALF),
-        grouping=Grouping.groups(group),
-        zero=Zero("additive", dtype=_HALF) if zero else None,
-        dtype=torch.float32,
-    )
-
-
-def _table(name: str, group: int, scale: torch.dtype = _HALF, bits: int = 4) -> QuantSpec:
-    return QuantSpec(TableCode(name, bits), Scale(scale), Grouping.groups(group), dtype=torch.float32)
-
-
-def _two_level(spec: QuantSpec, bits: int, *, signed: bool = False) -> QuantSpec:
-    """Scales (and mins) of `bits` bits, 256 weights sharing an fp16 super-scale."""
-    second = SecondLevel("integer", 256 // spec.grouping.cols, _HALF, bits, signed=signed)
-    zero = replace(spec.zero, dtype=torch.float32, second=second) if spec.zero else None
-    return replace(spec, scale=Scale(torch.float32, second=second), zero=zero)
-
 
 _D: Final = ("d", 2)
 _M: Final = ("m", 2)
 _DMIN: Final = ("dmin", 2)
-
-
-def _simple(spec: QuantSpec, fields: tuple[tuple[str, int], ...], *codes: Plane) -> Codec:
-    return Codec(spec, fields, codes)
 
 
 def _levels_q2(fields: Fields) -> tuple[Tensor, ...]:
@@ -145,76 +115,36 @@ def _store_xs(scales: Tensor) -> Fields:
 _NIBBLES_16: Final = Plane("qs", 4, 16)
 _NIBBLES_32: Final = Plane("qs", 4, 32)
 _PAIRS: Final = Plane("qs", 2, 32)
+_BITS: Final = Plane("qh", 1, 1)
 
-CODECS: Final[Mapping[GgmlType, Codec]] = {
-    GgmlType.Q1_0: _simple(_table("sign", 128, bits=1), (_D, ("qs", 16)), Plane("qs", 1, 1)),
-    GgmlType.Q4_0: _simple(_integer(4, 32, signed=True), (_D, ("qs", 16)), _NIBBLES_16),
-    GgmlType.Q4_1: _simple(_integer(4, 32, zero=True), (_D, _M, ("qs", 16)), _NIBBLES_16),
-    GgmlType.Q5_0: _simple(_integer(5, 32, signed=True), (_D, ("qh", 4), ("qs", 16)), _NIBBLES_16, Plane("qh", 1, 1)),
-    GgmlType.Q5_1: _simple(_integer(5, 32, zero=True), (_D, _M, ("qh", 4), ("qs", 16)), _NIBBLES_16, Plane("qh", 1, 1)),
-    GgmlType.Q8_0: _simple(_integer(8, 32, signed=True), (_D, ("qs", 32)), Plane("qs", 8, 1)),
-    GgmlType.Q2_K: Codec(
-        _two_level(_integer(2, 16, zero=True), 4),
-        (("scales", 16), ("qs", 64), _D, _DMIN),
-        (_PAIRS,),
-        _levels_q2,
-        _store_q2,
+LAYOUTS: Final[Mapping[GgmlType, Layout]] = {
+    GgmlType.Q1_0: Layout((_D, ("qs", 16)), (Plane("qs", 1, 1),)),
+    GgmlType.Q4_0: Layout((_D, ("qs", 16)), (_NIBBLES_16,)),
+    GgmlType.Q4_1: Layout((_D, _M, ("qs", 16)), (_NIBBLES_16,)),
+    GgmlType.Q5_0: Layout((_D, ("qh", 4), ("qs", 16)), (_NIBBLES_16, _BITS)),
+    GgmlType.Q5_1: Layout((_D, _M, ("qh", 4), ("qs", 16)), (_NIBBLES_16, _BITS)),
+    GgmlType.Q8_0: Layout((_D, ("qs", 32)), (Plane("qs", 8, 1),)),
+    GgmlType.Q2_K: Layout((("scales", 16), ("qs", 64), _D, _DMIN), (_PAIRS,), _levels_q2, _store_q2),
+    GgmlType.Q3_K: Layout(
+        (("hmask", 32), ("qs", 64), ("scales", 12), _D), (_PAIRS, Plane("hmask", 1, 32)), _levels_q3, _store_q3
     ),
-    GgmlType.Q3_K: Codec(
-        _two_level(_integer(3, 16, signed=True), 6, signed=True),
-        (("hmask", 32), ("qs", 64), ("scales", 12), _D),
-        (_PAIRS, Plane("hmask", 1, 32)),
-        _levels_q3,
-        _store_q3,
-    ),
-    GgmlType.Q4_K: Codec(
-        _two_level(_integer(4, 32, zero=True), 6),
-        (_D, _DMIN, ("scales", 12), ("qs", 128)),
-        (_NIBBLES_32,),
-        _levels_q4,
-        _store_q4,
-    ),
-    GgmlType.Q5_K: Codec(
-        _two_level(_integer(5, 32, zero=True), 6),
+    GgmlType.Q4_K: Layout((_D, _DMIN, ("scales", 12), ("qs", 128)), (_NIBBLES_32,), _levels_q4, _store_q4),
+    GgmlType.Q5_K: Layout(
         (_D, _DMIN, ("scales", 12), ("qh", 32), ("qs", 128)),
         (_NIBBLES_32, Plane("qh", 1, 32)),
         _levels_q4,
         _store_q4,
     ),
-    GgmlType.Q6_K: Codec(
-        _two_level(_integer(6, 16, signed=True), 8, signed=True),
+    GgmlType.Q6_K: Layout(
         (("ql", 128), ("qh", 64), ("scales", 16), _D),
         (Plane("ql", 4, 64), Plane("qh", 2, 32)),
         _levels_q6,
         _store_q6,
     ),
-    GgmlType.IQ4_NL: _simple(_table("iq4_nl", 32), (_D, ("qs", 16)), _NIBBLES_16),
-    GgmlType.IQ4_XS: Codec(
-        _two_level(_table("iq4_nl", 32), 6, signed=True),
-        (_D, ("scales_h", 2), ("scales_l", 4), ("qs", 128)),
-        (_NIBBLES_16,),
-        _levels_xs,
-        _store_xs,
-    ),
-    GgmlType.MXFP4: _simple(_table("e2m1", 32, torch.float8_e8m0fnu), (("d", 1), ("qs", 16)), _NIBBLES_16),
-    GgmlType.NVFP4: _simple(_table("e2m1", 16, torch.float8_e4m3fn), (("d", 4), ("qs", 32)), Plane("qs", 4, 8)),
-}
-
-
-def _float(dtype: torch.dtype) -> QuantSpec:
-    return QuantSpec(FloatCode(dtype), Scale(dtype, stored=False), Grouping.per_channel(), dtype=torch.float32)
-
-
-def _block(name: str) -> QuantSpec:
-    code = BlockCode(name)
-    return QuantSpec(code, Scale(torch.float32, stored=False), Grouping.groups(code.elements), dtype=torch.float32)
-
-
-_LATTICES: Final = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0")
-SPECS: Final[Mapping[GgmlType, QuantSpec]] = {
-    **{kind: codec.spec for kind, codec in CODECS.items()},
-    **{GgmlType[name]: _block(name.lower()) for name in _LATTICES},
-    **{kind: _float(DTYPES[kind]) for kind in (GgmlType.F32, GgmlType.F16, GgmlType.BF16)},
+    GgmlType.IQ4_NL: Layout((_D, ("qs", 16)), (_NIBBLES_16,)),
+    GgmlType.IQ4_XS: Layout((_D, ("scales_h", 2), ("scales_l", 4), ("qs", 128)), (_NIBBLES_16,), _levels_xs, _store_xs),
+    GgmlType.MXFP4: Layout((("d", 1), ("qs", 16)), (_NIBBLES_16,)),
+    GgmlType.NVFP4: Layout((("d", 4), ("qs", 32)), (Plane("qs", 4, 8),)),
 }
 
 
@@ -235,9 +165,9 @@ def type_of(spec: QuantSpec) -> GgmlType:
     Raises:
         FormatError: there is none.
     """
-    for kind, known in SPECS.items():
-        if replace(spec, dtype=known.dtype) == known:
-            return kind
+    name = ggml_type_of(spec)
+    if name is not None:
+        return GgmlType[name]
     raise FormatError("GGUF has no type for this spec", found=spec, expected=[kind.name for kind in SPECS])
 
 
@@ -267,7 +197,7 @@ def read_blocks(kind: GgmlType, raw: Tensor, shape: tuple[int, int]) -> QuantTen
     tensors = _empty(spec, shape, raw.device)
     step = max(1, _CHUNK // max(shape[1], 1))
     for start in range(0, shape[0], step):
-        _read_rows(kind, CODECS[kind], raw[start : start + step], tensors, start)
+        _read_rows(kind, raw[start : start + step], tensors, start)
     for name in ("scales", "super_scales", "zeros", "super_zeros"):
         if name in tensors and tensors[name].is_floating_point():
             _require_finite(tensors[name], kind)
@@ -297,7 +227,7 @@ def write_blocks(kind: GgmlType, tensor: QuantTensor) -> Tensor:
     step = max(1, _CHUNK // max(shape[1], 1))
     for start in range(0, shape[0], step):
         stored = raw[start : start + step]
-        _write_rows(kind, CODECS[kind], stored, tensor, start)
+        _write_rows(kind, stored, tensor, start)
     return raw
 
 
@@ -315,41 +245,43 @@ def _empty(spec: QuantSpec, shape: tuple[int, int], device: torch.device) -> dic
     return tensors
 
 
-def _read_rows(kind: GgmlType, codec: Codec, raw: Tensor, tensors: dict[str, Tensor], start: int) -> None:
+def _read_rows(kind: GgmlType, raw: Tensor, tensors: dict[str, Tensor], start: int) -> None:
     """Fill rows of `tensors` from `start` on."""
-    rows, spec = raw.shape[0], codec.spec
+    rows, spec, layout = raw.shape[0], SPECS[kind], LAYOUTS[kind]
     part = slice(start, start + rows)
-    fields = _split(kind, codec, raw)
-    tensors["codes"][part] = _read_codes(codec, fields).reshape(rows, -1).view(tensors["codes"].dtype)
-    if codec.read_levels is None:
+    fields = _split(kind, raw)
+    tensors["codes"][part] = (
+        _read_codes(spec.code, layout.planes, fields).reshape(rows, -1).view(tensors["codes"].dtype)
+    )
+    if layout.read_levels is None:
         tensors["scales"][part] = _numbers(fields["d"], spec.scale.dtype).reshape(rows, -1)
         if spec.zero is not None:
             tensors["zeros"][part] = _numbers(fields["m"], spec.zero.dtype).reshape(rows, -1)
         return
-    levels = codec.read_levels(fields)
+    levels = layout.read_levels(fields)
     supers = (_numbers(fields["d"], _HALF), _negative(_numbers(fields["dmin"], _HALF)) if "dmin" in fields else None)
     for name, level, top in zip(("scales", "zeros"), levels, supers, strict=False):
         stored = level.reshape(rows, -1)
-        bits = _level_bits(codec)
+        bits = _level_bits(spec)
         tensors[name][part] = (pack(stored, bits) if bits < 8 else stored).view(tensors[name].dtype)
         if top is not None:
             blocks = top.numel() // rows
             tensors[f"super_{name}"][start * blocks : (start + rows) * blocks] = top.reshape(-1)
 
 
-def _write_rows(kind: GgmlType, codec: Codec, raw: Tensor, tensor: QuantTensor, start: int) -> None:
+def _write_rows(kind: GgmlType, raw: Tensor, tensor: QuantTensor, start: int) -> None:
     """The inverse of :func:`_read_rows`."""
-    rows, spec, columns = raw.shape[0], codec.spec, tensor.shape[1]
+    rows, spec, layout, columns = raw.shape[0], SPECS[kind], LAYOUTS[kind], tensor.shape[1]
     part = slice(start, start + rows)
     blocks = columns // kind.block_elements
-    fields = _split(kind, codec, raw)
-    _write_codes(codec, tensor.tensors["codes"][part].view(torch.uint8), fields, columns)
-    if codec.write_levels is None:
+    fields = _split(kind, raw)
+    _write_codes(spec.code, layout.planes, tensor.tensors["codes"][part].view(torch.uint8), fields, columns)
+    if layout.write_levels is None:
         fields["d"].copy_(_bytes(tensor.tensors["scales"][part]).view(rows, blocks, -1))
         if spec.zero is not None:
             fields["m"].copy_(_bytes(tensor.tensors["zeros"][part]).view(rows, blocks, -1))
         return
-    bits, groups = _level_bits(codec), columns // spec.grouping.cols
+    bits, groups = _level_bits(spec), columns // spec.grouping.cols
     levels = []
     for name, top in (("scales", "d"), ("zeros", "dmin")):
         if name not in tensor.tensors:
@@ -359,54 +291,56 @@ def _write_rows(kind: GgmlType, codec: Codec, raw: Tensor, tensor: QuantTensor, 
         supers = tensor.tensors[f"super_{name}"][start * blocks : (start + rows) * blocks]
         supers = _negative(supers) if name == "zeros" else supers
         fields[top].copy_(_bytes(supers).view(rows, blocks, 2))
-    for name, value in codec.write_levels(*levels).items():
+    for name, value in layout.write_levels(*levels).items():
         fields[name].copy_(value)
 
 
-def _split(kind: GgmlType, codec: Codec, raw: Tensor) -> Fields:
+def _split(kind: GgmlType, raw: Tensor) -> Fields:
     """Views of a block's fields, ``[rows, blocks, bytes]``."""
-    blocks = raw.unflatten(1, (-1, kind.block_bytes))
-    return dict(
-        zip((name for name, _ in codec.fields), blocks.split([size for _, size in codec.fields], 2), strict=True)
-    )
+    names, sizes = zip(*LAYOUTS[kind].fields, strict=True)
+    return dict(zip(names, raw.unflatten(1, (-1, kind.block_bytes)).split(sizes, 2), strict=True))
 
 
-def _read_codes(codec: Codec, fields: Fields) -> Tensor:
+def _read_codes(code: Code, parts: tuple[Plane, ...], fields: Fields) -> Tensor:
     """Codes packed as lowbit does, per block."""
-    bits, planes_ = codec.spec.bits, codec.planes
+    bits, offset = code.bits, _offset(code)
     if bits == 8:
-        return fields[planes_[0].field]
+        return fields[parts[0].field]
     if bits == 4:
-        packed = planes.nibbles_to_stream(fields[planes_[0].field], planes_[0].width)
-        return packed ^ (codec.offset | codec.offset << 4)
-    values, shift = None, 0
-    for plane in planes_:
-        part = planes.take_apart(fields[plane.field], plane.bits, plane.width) << shift
-        values = part if values is None else values | part
+        packed = planes.nibbles_to_stream(fields[parts[0].field], parts[0].width)
+        return packed ^ (offset | offset << 4)
+    values, shift = torch.zeros((), dtype=torch.uint8, device=fields[parts[0].field].device), 0
+    for plane in parts:
+        values = values | planes.take_apart(fields[plane.field], plane.bits, plane.width) << shift
         shift += plane.bits
-    return pack(values ^ codec.offset, bits)
+    return pack(values ^ offset, bits)
 
 
-def _write_codes(codec: Codec, packed: Tensor, fields: Fields, columns: int) -> None:
+def _write_codes(code: Code, parts: tuple[Plane, ...], packed: Tensor, fields: Fields, columns: int) -> None:
     """The inverse of :func:`_read_codes`, into the fields."""
-    bits, first = codec.spec.bits, fields[codec.planes[0].field]
+    bits, offset, first = code.bits, _offset(code), fields[parts[0].field]
     rows, blocks = first.shape[:2]
     if bits == 8:
         first.copy_(packed.view(rows, blocks, -1))
         return
     if bits == 4:
-        stored = packed.view(rows, blocks, -1) ^ (codec.offset | codec.offset << 4)
-        first.copy_(planes.stream_to_nibbles(stored, codec.planes[0].width))
+        stored = packed.view(rows, blocks, -1) ^ (offset | offset << 4)
+        first.copy_(planes.stream_to_nibbles(stored, parts[0].width))
         return
-    values = unpack(packed, bits, columns).view(rows, blocks, -1) ^ codec.offset
-    for plane in codec.planes:
+    values = unpack(packed, bits, columns).view(rows, blocks, -1) ^ offset
+    for plane in parts:
         part = values & (1 << plane.bits) - 1
         fields[plane.field].copy_(planes.put_together(part, plane.bits, plane.width))
         values = values >> plane.bits
 
 
-def _level_bits(codec: Codec) -> int:
-    return codec.spec.scale.second.bits if codec.spec.scale.second else 0
+def _level_bits(spec: QuantSpec) -> int:
+    return spec.scale.second.bits if spec.scale.second else 0
+
+
+def _offset(code: Code) -> int:
+    """What turns a stored code into two's complement: signed codes are stored with half the range added."""
+    return 1 << code.bits - 1 if isinstance(code, IntCode) and code.signed and code.bits < 8 else 0
 
 
 def _numbers(stored: Tensor, dtype: torch.dtype) -> Tensor:
