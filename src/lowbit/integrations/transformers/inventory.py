@@ -13,6 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lowbit.errors import FormatError
 from lowbit.nn.activation import scale_activations
+from lowbit.nn.embedding import is_embedding
 from lowbit.nn.swap import is_linear, linear_shape
 from lowbit.wire import Wire
 from lowbit.wire.store import read_header, read_shapes
@@ -106,7 +107,7 @@ class Inventory:
         module = self._modules.get(name)
         if module is None and not self._is_own_class() and not any(part.isdigit() for part in name.split(".")):
             return None
-        if module is None or not is_linear(module):
+        if module is None or not (is_linear(module) or is_embedding(module)):
             found = "no such module" if module is None else type(module).__name__
             raise FormatError(
                 "the checkpoint has a packed weight for a module that lowbit can't hold packed; "
@@ -114,7 +115,7 @@ class Inventory:
                 file=self._where(),
                 tensor=stored,
                 found=found,
-                expected="a linear layer",
+                expected="a linear layer or an embedding",
             )
         if f"{name}.weight" in self._tied():
             raise FormatError(

@@ -12,6 +12,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from lowbit.core import QuantTensor
 from lowbit.errors import FormatError, LowbitError
 from lowbit.nn import QuantLinear
+from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.swap import is_conv1d
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class ReadPacked(ConversionOps):
     ) -> dict[str, Tensor]:
         name = full_layer_name.removesuffix(f".{_ANCHOR}")
         layer = model.get_submodule(name)
-        if not isinstance(layer, QuantLinear):
+        if not isinstance(layer, QuantLinear | QuantEmbedding):
             raise FormatError("the checkpoint has a packed weight for a module that is not linear", tensor=name)
         tensors = {self.suffixes[pattern]: values[0] for pattern, values in input_dict.items()}
         recipe = self.hf_quantizer.recipe
@@ -86,7 +87,7 @@ class QuantizeDense(ConversionOps):
         return _place(layer, name, tensor, missing_keys)
 
 
-def _place(layer: QuantLinear, name: str, tensor: QuantTensor, missing_keys: Any) -> dict[str, Tensor]:
+def _place(layer: QuantLinear | QuantEmbedding, name: str, tensor: QuantTensor, missing_keys: Any) -> dict[str, Tensor]:
     """The tensors as parameters under their full names; those that the layer was thought to have are not missing."""
     layer._is_hf_initialized = True  # else Transformers draws random numbers into a dense copy of every weight
     if missing_keys is not None:

@@ -19,9 +19,12 @@ from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_hos
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
+from lowbit.integrations.transformers.tables import dequantize_tables, put_table
 from lowbit.nn import QuantLinear, plan_model
+from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
 from lowbit.nn.planning import default_keep
 from lowbit.nn.swap import dense_linear
+from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, LazyTensor
 
 TESTED = ("5.17", "6")
 
@@ -32,6 +35,9 @@ class LowbitQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        self.gguf_file: str | None = getattr(quantization_config, "gguf_file", None)
+        if self.gguf_file is not None:
+            kwargs["pre_quantized"] = True
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             method_of(quantization_config).prepare(quantization_config)
@@ -54,6 +60,14 @@ class LowbitQuantizer(HfQuantizer):
         if device_map is None and self.recipe.wire.quant_method == "bitsandbytes":
             return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
         return device_map
+
+    def read_header(self, gguf_file: str) -> None:
+        """Called by Transformers where a GGUF file is loaded."""
+        self.gguf_file = gguf_file
+
+    def get_state_dict(self, checkpoint_file: str, model: Any) -> dict[str, LazyTensor]:
+        """The tensors of a GGUF file under Transformers' names, none of them read yet."""
+        return GgufCheckpointFiles(checkpoint_file).loadable()
 
     def make_layer(
         self, spec: QuantSpec, shape: tuple[int, int], bias: nn.Parameter | None, dtype: torch.dtype
@@ -95,6 +109,10 @@ class LowbitQuantizer(HfQuantizer):
 
     def _plan_packed(self, model: Any, dtype: torch.dtype, checkpoint_files: list[str] | None) -> None:
         """Make a packed layer of every module whose weight is packed in the files; check that nothing is missing."""
+        if self.gguf_file is not None:
+            checkpoint_files = [self.gguf_file]
+            if not GgufCheckpointFiles(self.gguf_file).types:
+                return
         inventory = Inventory(model, self.recipe.wire, checkpoint_files)
         inventory.check_complete()
         recipe = self.recipe
@@ -102,8 +120,11 @@ class LowbitQuantizer(HfQuantizer):
         self._stored = inventory.stored
         for name in inventory.packed:
             dense = model.get_submodule(name)
-            bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
             spec = self.recipe.spec_of(inventory.stored[name])
+            if is_embedding(dense):
+                put_table(model, name, spec, dtype)
+                continue
+            bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
             layer = self.make_layer(spec, inventory.shape(name), bias, dtype)
             model.set_submodule(name, layer)
         self._converters = read_converters(
@@ -130,7 +151,7 @@ class LowbitQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return parameter == "weight" and self.plan is not None and module in self.plan.quantized
         # What is read decides a packed tensor's shape, not what the config alone let us expect.
-        return parameter != "bias" and isinstance(model.get_submodule(module), QuantLinear)
+        return parameter != "bias" and isinstance(model.get_submodule(module), QuantLinear | QuantEmbedding)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element once loaded, so that automatic placement counts packed weights as they will be."""
@@ -190,7 +211,11 @@ class LowbitQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict as the format's own library would write it."""
-        packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+        packed = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, QuantLinear | QuantEmbedding) and not isinstance(layer, TiedHead)
+        }
         owned = {f"{name}.{part}" for name, layer in packed.items() for part in layer.packed_names}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned}
         others, recipe = list(state), self.recipe
@@ -204,6 +229,7 @@ class LowbitQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving a model turns its config's dtype, the default here, into a string.
         wanted = None if dtype is None else dtypes.parse(dtype)
+        dequantize_tables(model, wanted)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
                 offloaded = is_offloaded(layer)
@@ -230,7 +256,10 @@ def plan_of(model: nn.Module) -> Plan:
     entries: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, TiedHead):
+            entries[name], shapes[name] = Kept("tied to the embedding, whose table it shares"), module.shape
+            continue
+        if isinstance(module, QuantLinear | QuantEmbedding):
             entries[name], shapes[name] = module.spec, module.shape
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
