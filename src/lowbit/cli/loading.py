@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,15 +26,18 @@ class DType(str, Enum):
     float32 = "float32"
 
 
-def find_folder(path: str) -> Path:
+def find_folder(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
     """The local folder of a checkpoint, downloaded from the hub where `path` is no folder but a name like ``org/name``.
+
+    Args:
+        files: patterns of what is downloaded.
 
     Raises:
         PlanError: there is no such folder, it has no ``config.json``, or the hub doesn't give it.
     """
     folder = Path(path)
     if not folder.exists() and _HUB_NAME.fullmatch(path) and not path.startswith("."):
-        folder = _download(path)
+        folder = _download(path, files)
     if not folder.exists():
         raise PlanError(f"there is no folder '{path}'")
     if not folder.is_dir():
@@ -106,10 +110,10 @@ def _indexed(place: torch.device) -> torch.device | str:
     return torch.empty(0, device=place).device
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise PlanError(f"there is no folder '{name}', and the hub doesn't give such a model: {error}") from error
