@@ -1,4 +1,4 @@
-"""The command line: ``lowbit quantize | inspect | eval | demo | doctor``."""
+"""The command line: ``lowbit quantize | convert | inspect | eval | demo | doctor``."""
 
 from lowbit.cli.app import main
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lowbit.cli import demo, doctor, evaluate, inspect, quantize
+from lowbit.cli import convert, demo, doctor, evaluate, inspect, quantize
 from lowbit.errors import LowbitError
 
 USER_ERROR = 2
@@ -24,11 +24,12 @@ INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
     name="lowbit",
-    help="Quantize, inspect and measure Hugging Face Transformers models.",
+    help="Quantize, convert, inspect and measure Hugging Face Transformers models.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.command)
+app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("eval")(evaluate.command)
 app.command("demo")(demo.command)

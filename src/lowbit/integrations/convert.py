@@ -191,7 +191,12 @@ class Conversion:
 
     def _settings_for(self, wire: Wire[Any], spec: QuantSpec) -> Any:
         settings = wire.settings_for(spec)
-        return wire.vary(settings, self.target.variant) if self.target.variant else settings
+        if not self.target.variant:
+            return settings
+        try:
+            return wire.vary(settings, self.target.variant)
+        except FormatError as error:
+            raise PlanError(str(error)) from error
 
     def _why_none(self, wire: Wire[Any]) -> str:
         """What the format says where it has no settings at all for the first weight that it can't take."""

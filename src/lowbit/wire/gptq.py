@@ -150,7 +150,9 @@ class GptqWire(Wire[GptqSettings]):
         comparable = {(own.version, own.borrows, own.marlin) for own in settings.values()}
         if len(comparable) > 1:
             raise FormatError("a checkpoint has one version of GPTQ", found=sorted(comparable), expected="one")
-        rules: list[tuple[str, GptqSettings | None]] = [(f"-:^{re.escape(name)}$", None) for name in kept]
+        # Readers look for packed layers in the blocks only; heads are none of them.
+        inside = [name for name in kept if "." in name]
+        rules: list[tuple[str, GptqSettings | None]] = [(f"-:^{re.escape(name)}$", None) for name in inside]
         rules += [(f"+:^{re.escape(name)}$", own) for name, own in settings.items() if own != common]
         return replace(common, rules=tuple(rules))
 
