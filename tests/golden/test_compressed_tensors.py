@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apart import require, run
+from lowbit.algorithms.minmax import MinMax
 from lowbit.core import QuantTensor, linear
+from lowbit.errors import PlanError
 from lowbit.wire.compressed_tensors import PRESETS, CompressedTensorsWire
 
 require("compressed_tensors")
@@ -143,3 +146,21 @@ def test_a_spec_leads_back_to_the_scheme(made: Path, name: str) -> None:
     again = WIRE.parse(WIRE.config(WIRE.join({"a": settings}, ["lm_head"])))
     assert WIRE.spelling(WIRE.of(again, "a"), tensor.spec) == tensor.spec
     assert WIRE.read(WIRE.of(again, "a"), WIRE.write(WIRE.of(again, "a"), tensor)).equal(tensor)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rounding_to_nearest_gives_the_librarys_codes_and_scales(made: Path, name: str) -> None:
+    tensor = read(made, name)
+    original = variant(made, name)[2]["original"]
+    if tensor.spec.activation.tensors():
+        with pytest.raises(PlanError, match="calibration"):
+            MinMax().quantize(original, tensor.spec)
+        tensor = WIRE.read(*without_activations(made, name))
+    assert MinMax().quantize(original, tensor.spec).equal(tensor)
+
+
+def without_activations(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    settings, stored, _ = variant(folder, name)
+    scheme = replace(settings.scheme, inputs=None, outputs=None, format=settings.module_format)
+    weight_alone = {key: value for key, value in stored.items() if key.startswith("weight")}
+    return replace(settings, schemes=(scheme,)), weight_alone

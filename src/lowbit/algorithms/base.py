@@ -34,10 +34,11 @@ class Algorithm(abc.ABC):
 def _registered() -> list[Algorithm]:
     from lowbit.algorithms.blockwise import BlockwiseTable
     from lowbit.algorithms.hqq import HalfQuadratic
+    from lowbit.algorithms.minmax import MinMax
     from lowbit.algorithms.rows import Int8Rows
     from lowbit.algorithms.rtn import RoundToNearest
 
-    return [BlockwiseTable(), Int8Rows(), HalfQuadratic(), RoundToNearest()]
+    return [BlockwiseTable(), Int8Rows(), HalfQuadratic(), RoundToNearest(), MinMax()]
 
 
 def register_algorithm(algorithm: Algorithm) -> None:

@@ -73,14 +73,14 @@ def _positive(scale: Tensor, policy: Activation) -> Tensor:
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
-def power_of_two_scale(largest: Tensor, high: float) -> Tensor:
+def power_of_two_scale(largest: Tensor, high: float, bump: float = 1.75) -> Tensor:
     """The scale of a group in the microscaling formats, fp32: a power of two.
 
     The exponent of the group's largest magnitude becomes that of `high`, the largest number there is; a magnitude of
-    1.75 times a power of two or more is taken as the next one.
+    `bump` times a power of two or more is taken as the next one.
     """
     mantissa, exponent = torch.frexp(largest.float())
-    exponent = exponent - 1 + (mantissa >= 0.875).to(exponent.dtype) - (math.frexp(high)[1] - 1)
+    exponent = exponent - 1 + (mantissa >= bump / 2).to(exponent.dtype) - (math.frexp(high)[1] - 1)
     return torch.exp2(exponent.clamp(-127, 127).float())
 
 

@@ -9,6 +9,7 @@ from lowbit.errors import FormatError
 from lowbit.wire.awq import AwqWire
 from lowbit.wire.base import Json, Wire
 from lowbit.wire.bitsandbytes import Bitsandbytes4Wire, Bitsandbytes8Wire
+from lowbit.wire.compressed_tensors import CompressedTensorsWire
 from lowbit.wire.gguf.wire import GgufWire
 from lowbit.wire.gptq import GptqWire
 from lowbit.wire.hqq import HqqWire
@@ -16,7 +17,15 @@ from lowbit.wire.hqq import HqqWire
 
 @functools.cache
 def _registered() -> list[Wire[Any]]:
-    return [Bitsandbytes4Wire(), Bitsandbytes8Wire(), GptqWire(), AwqWire(), HqqWire(), GgufWire()]
+    return [
+        Bitsandbytes4Wire(),
+        Bitsandbytes8Wire(),
+        GptqWire(),
+        AwqWire(),
+        HqqWire(),
+        GgufWire(),
+        CompressedTensorsWire(),
+    ]
 
 
 def wires() -> tuple[Wire[Any], ...]:
