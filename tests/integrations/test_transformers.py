@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 import lowbit
 import tiny
-from lowbit.errors import FormatError, PlanError
+from lowbit.errors import PlanError
 from lowbit.nn import QuantLinear
 from lowbit.wire import CheckpointFiles
 
@@ -222,19 +221,6 @@ def test_base_model_from_a_head_and_a_new_head_on_a_base(tmp_path: Path) -> None
     base.save_pretrained(tmp_path / "base")
     headed = lowbit.AutoModelForTokenClassification.from_pretrained(tmp_path / "base")
     assert torch.isfinite(headed.classifier.weight).all()
-
-
-def test_packed_experts_are_refused_in_words(tmp_path: Path) -> None:
-    tiny.save("mixtral", tmp_path / "dense")
-    model = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=CONFIGS["gptq"]())
-    model.save_pretrained(tmp_path / "packed")
-    tensors = load_file(tmp_path / "packed" / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj"
-    expert = "model.layers.0.block_sparse_moe.experts.0.w1"
-    tensors |= {key.replace(name, expert): value.clone() for key, value in tensors.items() if key.startswith(name)}
-    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FormatError, match=r"experts\.0\.w1.*fused 3-D experts are not supported yet"):
-        lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
 
 
 def test_a_user_skip_list_adds_to_the_safe_defaults(small: Path, tmp_path: Path) -> None:

@@ -104,14 +104,27 @@ def tiny_mixtral() -> transformers.PreTrainedModel:
     return transformers.MixtralForCausalLM(config)
 
 
-def test_fused_experts_embeddings_and_heads_are_not_skipped_in_silence() -> None:
+def test_embeddings_and_heads_are_not_skipped_in_silence() -> None:
     model = tiny_mixtral()
     plan = plan_model(model, SPEC, keep=default_keep(model))
-    experts = {name: kept.reason for name, kept in plan.kept.items() if "experts" in name}
-    assert len(experts) == 2
-    assert all("3-D experts" in reason for reason in experts.values())
     assert plan.kept["lm_head"].reason == "output head"
     assert plan.kept["model.embed_tokens"].reason == "embedding"
+
+
+def test_fused_experts_are_planned_quantized_and_dequantized() -> None:
+    model = tiny_mixtral().eval()
+    plan = plan_model(model, SPEC, keep=default_keep(model))
+    module = "model.layers.0.mlp.experts"
+    assert plan.shapes[f"{module}.gate_up_proj"] == (2, 192, 64)
+    assert plan.quantized[f"{module}.down_proj"] == SPEC
+    dense = model.get_submodule(module).gate_up_proj.detach().clone()
+    quantize_model(model, plan, quantize)
+    assert list(model.get_submodule(module).stacks) == ["gate_proj", "up_proj", "down_proj"]
+    outputs = model(torch.arange(5)[None]).logits
+    dequantize_model(model)
+    expected = torch.cat([quantize(part, SPEC).dequantize() for part in dense[1].chunk(2)])
+    assert torch.equal(model.get_submodule(module).gate_up_proj[1], expected)
+    torch.testing.assert_close(model(torch.arange(5)[None]).logits, outputs)
 
 
 def test_both_ends_of_a_tie_stay_dense_whatever_else_is_skipped() -> None:

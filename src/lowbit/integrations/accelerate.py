@@ -9,16 +9,14 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_ho
 from accelerate.utils import align_module_device
 from torch import nn
 
-from lowbit.nn.packed import PackedModule
 
-
-def is_offloaded(layer: PackedModule) -> bool:
-    """Whether the layer's weights are elsewhere and are brought when it runs."""
-    return any(tensor.device.type == "meta" for tensor in layer.packed)
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether the layer's own weights are elsewhere and are brought when it runs."""
+    return any(tensor.device.type == "meta" for tensor in layer.parameters(recurse=False))
 
 
 @contextmanager
-def on_host(layer: PackedModule) -> Iterator[None]:
+def on_host(layer: nn.Module) -> Iterator[None]:
     """Bring the weights of an offloaded layer back for as long as they are needed; other layers stay where they are."""
     if not is_offloaded(layer):
         yield
@@ -27,7 +25,7 @@ def on_host(layer: PackedModule) -> Iterator[None]:
         yield
 
 
-def hand_over_hooks(old: PackedModule, new: nn.Module, *, offloaded: bool) -> None:
+def hand_over_hooks(old: nn.Module, new: nn.Module, *, offloaded: bool) -> None:
     """Let `new`, which takes the place of `old`, run where `old` ran; an offloaded layer's weights stay on the host."""
     hook = _align_hook(getattr(old, "_hf_hook", None))
     if hook is None:

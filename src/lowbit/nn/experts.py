@@ -71,10 +71,8 @@ class Projection:
         weight = self._put_together([parts[name] for name in self.parts], 1)
         return (weight.transpose(1, 2) if self.transposed else weight).contiguous()
 
-    def split_bias(self, bias: Tensor | None) -> dict[str, Tensor | None]:
-        """Of ``[E, out]``."""
-        if bias is None:
-            return dict.fromkeys(self.parts)
+    def split_bias(self, bias: Tensor) -> dict[str, Tensor]:
+        """The parts of a bias ``[E, out]``; views."""
         return dict(zip(self.parts, self._take_apart(bias, 1), strict=True))
 
     def join_bias(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -289,6 +287,17 @@ class QuantExperts(nn.Module):
     def is_packed(self, projection: str) -> bool:
         return self.projections[projection].parts[0] in self.stacks
 
+    def packed_specs(self) -> dict[str, tuple[QuantSpec, tuple[int, ...]]]:
+        """Spec and shape ``(experts, out, in)`` of each packed projection; of each part, where parts differ."""
+        specs: dict[str, tuple[QuantSpec, tuple[int, ...]]] = {}
+        for name, projection in self.projections.items():
+            parts = {part: self.stacks[part].spec for part in projection.parts if part in self.stacks}
+            if len(set(parts.values())) == 1:
+                specs[name] = parts[projection.parts[0]], (projection.experts, *projection.shape)
+            else:
+                specs |= {part: (spec, (projection.experts, *projection.part_shape)) for part, spec in parts.items()}
+        return specs
+
     def pack(self, projection: str, stacks: Mapping[str, QuantStack]) -> None:
         """Put stacks, one per part, in the place of a dense projection."""
         del self._parameters[projection]
@@ -298,14 +307,16 @@ class QuantExperts(nn.Module):
     def unpack(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The original module with dense projections; `dtype` as in :func:`lowbit.nn.swap.dense_linear`."""
         module: nn.Module = self.original
-        dense = {name: self._dense(projection, dtype) for name, projection in self.projections.items()}
-        for name in self.stacks:
-            del module._modules[name]
-        for name, weight in dense.items():
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        for name, bias in module._parameters.items():
-            if dtype is not None and bias is not None and name not in dense:
-                module._parameters[name] = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        parameters: dict[str, nn.Parameter | None] = {}
+        for name, parameter in self._parameters.items():
+            converted = parameter if dtype is None or parameter is None else parameter.detach().to(dtype)
+            parameters[name] = None if converted is None else nn.Parameter(converted, requires_grad=False)
+        for name, projection in self.projections.items():
+            parameters[name] = nn.Parameter(self._dense(projection, dtype), requires_grad=False)
+        stacks = self.stacks
+        # Its own from now on: hooks may still take back what this module holds.
+        module._parameters, module._buffers = parameters, dict(self._buffers)
+        module._modules = {name: child for name, child in self._modules.items() if name not in stacks}
         return module.train(self.training)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -348,9 +359,9 @@ class QuantExperts(nn.Module):
             dense = projection.orient(weight)
             out_features = projection.shape[0]
             return ops.expert_linear(rows, experts, [dense], bias, _dense_spec(dense.dtype), CANONICAL, out_features)
-        biases = projection.split_bias(bias)
+        biases = {} if bias is None else projection.split_bias(bias)
         return projection.join_outputs(
-            [self.get_submodule(part)(rows, experts, biases[part]) for part in projection.parts]
+            [self.get_submodule(part)(rows, experts, biases.get(part)) for part in projection.parts]
         )
 
     def _dense(self, projection: Projection, dtype: torch.dtype | None) -> Tensor:
@@ -359,6 +370,51 @@ class QuantExperts(nn.Module):
             return weight.detach() if dtype is None else weight.detach().to(dtype)
         stacks = {name: self.stacks[name] for name in projection.parts}
         return projection.join({name: stack.dequantize(dtype or stack.dense_dtype) for name, stack in stacks.items()})
+
+
+def quantize_projection(
+    projection: Projection,
+    weight: Tensor,
+    quantize: Callable[[Tensor], QuantTensor],
+    compute_dtype: torch.dtype | None = None,
+) -> dict[str, tuple[QuantStack, dict[str, Tensor]]]:
+    """Quantize a fused parameter, each expert's matrices for themselves.
+
+    Returns:
+        By part: a stack, and the tensors that are to be placed in it.
+    """
+    made: dict[str, tuple[QuantStack, dict[str, Tensor]]] = {}
+    for part, matrices in projection.split(weight.detach()).items():
+        tensors = [quantize(matrix.contiguous()) for matrix in matrices]
+        stack = QuantStack(
+            tensors[0].spec,
+            projection.part_shape,
+            projection.experts,
+            compute_dtype=compute_dtype,
+            dtype=weight.dtype,
+        )
+        made[part] = stack, stack.fill(tensors)
+    return made
+
+
+def quantize_experts(
+    model: nn.Module,
+    name: str,
+    quantize: Callable[[Tensor], QuantTensor],
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Quantize the fused parameter `name` of a model's experts in place."""
+    module, _, parameter = name.rpartition(".")
+    experts = model.get_submodule(module)
+    if not isinstance(experts, QuantExperts):
+        experts = QuantExperts(experts)
+        model.set_submodule(module, experts)
+    weight = experts.get_parameter(parameter)
+    made = quantize_projection(experts.projections[parameter], weight, quantize, compute_dtype)
+    for stack, tensors in made.values():
+        stack._place(tensors)
+        stack.select_kernel()
+    experts.pack(parameter, {part: stack for part, (stack, _) in made.items()})
 
 
 def stack_tensors(tensors: Sequence[QuantTensor]) -> tuple[QuantSpec, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lowbit.core import Kept, Plan, QuantSpec, patterns
 from lowbit.errors import PlanError, SpecError
+from lowbit.nn.experts import find_projections
 from lowbit.nn.swap import is_linear, linear_shape
 
 Choice = Callable[[str, tuple[int, int]], QuantSpec | Kept]
@@ -29,6 +30,9 @@ def plan_model(
 ) -> Plan:
     """Decide what happens to every weight of two or more dimensions.
 
+    Fused experts have an entry per parameter, shaped ``(experts, out, in)``; what is decided is decided for one
+    expert's matrix, where gate and up are two.
+
     Args:
         spec: for the weights that are quantized; or a function of a module's name and its weight's shape that gives it,
             or the reason why this weight stays dense.
@@ -43,6 +47,7 @@ def plan_model(
     entries: dict[str, QuantSpec | Kept] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
+        experts = find_projections(module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
@@ -51,6 +56,9 @@ def plan_model(
             if parameter_name == "weight" and is_linear(module):
                 shapes[key] = linear_shape(module)
                 entries[key] = _fate(key, linear_shape(module), spec, unwanted, keep, refusal)
+            elif projection := experts.get(parameter_name):
+                shapes[key] = (projection.experts, *projection.shape)
+                entries[key] = _fate(key, projection.part_shape, spec, unwanted, keep, refusal)
             else:
                 entries[key] = Kept(keep.get(key) or _not_linear(module, parameter_name, parameter.dim()))
     plan = Plan(entries, shapes)
@@ -81,6 +89,9 @@ def default_keep(model: nn.Module) -> dict[str, str]:
             keep.setdefault(name, "output head")
         if is_linear(module) and in_fp32 & set(name.split(".")):
             keep.setdefault(name, "the model keeps it in fp32")
+        for parameter in find_projections(module) if in_fp32 else ():
+            if in_fp32 & {*name.split("."), parameter}:
+                keep[f"{name}.{parameter}"] = "the model keeps it in fp32"
     if hasattr(model, "get_output_embeddings"):
         parameters = list(model.named_parameters())
         last = parameters[-1][0].rpartition(".")[0] if parameters else ""
@@ -143,5 +154,5 @@ def _not_linear(module: nn.Module, parameter: str, dims: int) -> str:
         return "embedding"
     kind = type(module).__name__
     if dims == 3 and "expert" in kind.lower():
-        return f"fused 3-D experts of {kind}; not supported yet"
+        return f"fused experts of {kind}, which compute in a way that lowbit doesn't know"
     return f"{kind} is not a linear layer" if parameter == "weight" else f"a parameter of {kind}, not of a linear layer"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.core import Plan, QuantSpec, QuantTensor
+from lowbit.nn.experts import QuantExperts, quantize_experts
 from lowbit.nn.linear import QuantLinear
 
-Quantize = Callable[[Tensor, QuantSpec], QuantTensor]
+
+class Quantize(Protocol):
+    """What makes a quantized weight of a dense one."""
+
+    def __call__(self, weight: Tensor, spec: QuantSpec) -> QuantTensor: ...
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -59,7 +65,11 @@ def quantize_model(
     model: nn.Module, plan: Plan, quantize: Quantize, *, compute_dtype: torch.dtype | None = None
 ) -> None:
     """Quantize the weights of a plan in place, one layer at a time."""
+    parameters = dict(model.named_parameters())
     for name, spec in plan.quantized.items():
+        if name in parameters:  # of fused experts; a linear layer's weight goes by its module
+            quantize_experts(model, name, functools.partial(quantize, spec=spec), compute_dtype)
+            continue
         dense = model.get_submodule(name)
         weight = dense.weight.detach()  # type: ignore[operator]
         dtype = weight.dtype
@@ -82,7 +92,9 @@ def dense_linear(layer: QuantLinear, dtype: torch.dtype | None = None) -> nn.Lin
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace every quantized layer by a dense ``nn.Linear`` in place, one layer at a time; `dtype` as above."""
+    """Replace every quantized layer by a dense one in place, one layer at a time; `dtype` as above."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLinear):
             model.set_submodule(name, dense_linear(layer, dtype))
+        elif isinstance(layer, QuantExperts):
+            model.set_submodule(name, layer.unpack(dtype))

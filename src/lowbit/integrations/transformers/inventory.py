@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.errors import FormatError
+from lowbit.integrations.transformers.experts import ExpertNames, StoredExperts
 from lowbit.nn.activation import scale_activations
 from lowbit.nn.embedding import is_embedding
 from lowbit.nn.swap import is_linear, linear_shape
@@ -29,9 +30,11 @@ class Inventory:
         stored: what the files call each of them.
         metadata: what the files' headers say beside their tensors, merged.
         dense: the model's parameters that are stored as they are.
+        experts: the packed matrices of fused experts.
 
     Raises:
-        FormatError: pickled files, no packed weight at all, or packed weights for modules that are not linear.
+        FormatError: pickled files, no packed weight at all, packed weights for modules that are not linear, or a layer
+            of which only some experts are packed.
     """
 
     def __init__(self, model: Any, wire: Wire[Any], files: list[str] | None) -> None:
@@ -50,7 +53,7 @@ class Inventory:
         Raises:
             FormatError: names what is missing, instead of leaving it to random initialisation.
         """
-        packed = {f"{name}.weight" for name in self.packed}
+        packed = {f"{name}.weight" for name in self.packed} | self.experts.parameters
         missing = self._expected - self.dense - packed - set(self._tied()) - self._ignorable()
         if lost := sorted(name for name in missing if not self._may_be_new(name)):
             raise FormatError(
@@ -81,10 +84,13 @@ class Inventory:
         owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
         others = [name for name in names if name not in owned]
         self.wire.check_names(others)
+        self.experts = StoredExperts(ExpertNames(self.model, mapping))
+        self._present = set(names)
         self._scale_activations([name for name in others if name.endswith(self.wire.activation_scales)])
         self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
         self.packed = list(self.stored)
         self.dense = {target for name in others for target in self._targets(name)}
+        self.experts.check()
 
     def _scale_activations(self, names: list[str]) -> None:
         """Make room in the model for the scales of activations."""
@@ -105,13 +111,14 @@ class Inventory:
         """The module of a packed weight; None for what only the checkpoint's own class has (a pooler, a head)."""
         name = self._rename(f"{stored}.weight", []).removesuffix(".weight")
         module = self._modules.get(name)
+        if module is None and self._take_expert(name, stored):
+            return None
         if module is None and not self._is_own_class() and not any(part.isdigit() for part in name.split(".")):
             return None
         if module is None or not (is_linear(module) or is_embedding(module)):
             found = "no such module" if module is None else type(module).__name__
             raise FormatError(
-                "the checkpoint has a packed weight for a module that lowbit can't hold packed; "
-                "fused 3-D experts are not supported yet",
+                "the checkpoint has a packed weight for a module that lowbit can't hold packed",
                 file=self._where(),
                 tensor=stored,
                 found=found,
@@ -126,6 +133,14 @@ class Inventory:
             )
         return name
 
+    def _take_expert(self, name: str, stored: str) -> bool:
+        suffixes = [suffix for suffix in self.wire.suffixes if f"{stored}.{suffix}" in self._present]
+        return any(self.experts.take(spelled, stored, suffixes) for spelled in self._with_and_without_prefix(name))
+
+    def _with_and_without_prefix(self, name: str) -> tuple[str, ...]:
+        prefix = f"{self.model.base_model_prefix}."
+        return (name, name.removeprefix(prefix) if name.startswith(prefix) else f"{prefix}{name}")
+
     def _rename(self, name: str, converters: list[Any]) -> str:
         prefix = self.model.base_model_prefix
         state = dict.fromkeys(self._expected, True)
@@ -136,6 +151,9 @@ class Inventory:
 
     def _targets(self, name: str) -> list[str]:
         """The parameters that a stored tensor ends up in; a split names several."""
+        for spelled in self._with_and_without_prefix(self._rename(name, [])) if name.endswith(".bias") else ():
+            if (parameter := self.experts.take_bias(spelled)) is not None:
+                return [parameter]
         renamed = self._rename(name, self._mergers)
         for merger in self._mergers:
             first, *others = merger.target_patterns

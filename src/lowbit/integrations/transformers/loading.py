@@ -11,6 +11,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from lowbit.core import QuantTensor
 from lowbit.errors import FormatError, LowbitError
+from lowbit.integrations.transformers.expert_loading import quantize_experts
 from lowbit.nn import QuantLinear
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.swap import is_conv1d
@@ -72,6 +73,8 @@ class QuantizeDense(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         value = next(iter(input_dict.values()))
         weight: Tensor = value[0] if isinstance(value, list) else value
+        if self.hf_quantizer.expert_stacks(full_layer_name):
+            return quantize_experts(self.hf_quantizer, model, full_layer_name, weight, missing_keys)
         quantizer, dense = self.hf_quantizer, model.get_submodule(name)
         try:
             oriented = weight.T if is_conv1d(dense) else weight

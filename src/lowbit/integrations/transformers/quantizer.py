@@ -11,16 +11,25 @@ import torch
 from packaging import version
 from torch import Tensor, nn
 from transformers import __version__ as transformers_version
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 
 from lowbit.core import Kept, Plan, QuantSpec, dtypes
 from lowbit.errors import LowbitError, PlanError
 from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_host
+from lowbit.integrations.transformers.expert_loading import (
+    dequantize_experts,
+    expert_converters,
+    fate_of_experts,
+    hold_packed,
+    write_experts,
+)
+from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack, StoredStack
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
 from lowbit.integrations.transformers.tables import dequantize_tables, put_table
-from lowbit.nn import QuantLinear, plan_model
+from lowbit.nn import QuantExperts, QuantLinear, QuantStack, plan_model
 from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
 from lowbit.nn.planning import default_keep
 from lowbit.nn.swap import dense_linear
@@ -45,7 +54,10 @@ class LowbitQuantizer(HfQuantizer):
         self.plan: Plan | None = None
         self.errors: list[LowbitError] = []
         self._converters: list[Any] = []
+        self._expert_converters: list[Any] = []
         self._stored: dict[str, str] = {}
+        self.stacks: dict[str, StoredStack] = {}
+        self._expert_names: ExpertNames | None = None
 
     # ---------------------------------------------------------------- before the weights
 
@@ -82,10 +94,27 @@ class LowbitQuantizer(HfQuantizer):
         """The spec that the plan gives to a module that is quantized on the fly, for a weight of `dtype`."""
         if self.plan is None:
             raise PlanError("the model has no plan yet")
-        spec = self.recipe.spec_for(module, self._shape(module), dtype)
+        spec = self._fate(module, self._shape(module), dtype)
         return spec if isinstance(spec, QuantSpec) else self.plan.quantized[module]
 
+    def expert_stacks(self, name: str) -> list[ExpertStack]:
+        """The matrices in a fused parameter of a dense model's experts; none for anything else."""
+        return [] if self._expert_names is None else self._expert_names.stacks.get(name, [])
+
+    def _fate(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantSpec | Kept:
+        recipe = self.recipe
+        if not (experts := self.expert_stacks(name)):
+            return recipe.spec_for(name, shape, dtype)
+        return fate_of_experts(experts, lambda own: recipe.spec_for(own, shape, dtype), recipe.skip)
+
+    def _refusal(self, name: str, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
+        names = [own for stack in self.expert_stacks(name) for own in stack.written] or [name]
+        return next((reason for own in names if (reason := self.recipe.refusal(own, spec, shape))), None)
+
     def _shape(self, module: str) -> tuple[int, int]:
+        """Of the matrices that are quantized one at a time."""
+        if experts := self.expert_stacks(module):
+            return experts[0].projection.part_shape
         if self.plan is None:
             raise PlanError("the model has no plan yet")
         rows, cols = self.plan.shapes[module]
@@ -127,9 +156,11 @@ class LowbitQuantizer(HfQuantizer):
             bias = dense.bias if isinstance(dense.bias, nn.Parameter) else None
             layer = self.make_layer(spec, inventory.shape(name), bias, dtype)
             model.set_submodule(name, layer)
-        self._converters = read_converters(
-            self, self.recipe.wire.suffixes, inventory.packed, getattr(model, "base_model_prefix", "")
-        )
+        self.stacks = inventory.experts.stacks
+        hold_packed(self, model, inventory.experts, dtype)
+        prefix = getattr(model, "base_model_prefix", "")
+        self._converters = read_converters(self, self.recipe.wire.suffixes, inventory.packed, prefix)
+        self._expert_converters = expert_converters(self, inventory.experts, prefix)
 
     def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
         recipe = self.recipe
@@ -138,34 +169,42 @@ class LowbitQuantizer(HfQuantizer):
             keep |= _outside_blocks(model)
         if recipe.dense_on_cpu:
             keep |= _dense_on_cpu(model, device_map)
+        self._expert_names = ExpertNames(model, get_model_conversion_mapping(model))
+        self.stacks = self._expert_names.as_stored()
         self.plan = plan_model(
             model,
-            lambda name, shape: recipe.spec_for(name, shape, dtype),
+            lambda name, shape: self._fate(name, shape, dtype),
             skip=recipe.skip,
-            keep=keep,
-            refusal=recipe.refusal,
+            keep=keep | self._expert_names.refused,
+            refusal=self._refusal,
         )
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, parameter = param_name.rpartition(".")[::2]
         if not self.pre_quantized:
-            return parameter == "weight" and self.plan is not None and module in self.plan.quantized
+            name = param_name if self.expert_stacks(param_name) else module if parameter == "weight" else ""
+            return self.plan is not None and name in self.plan.quantized
         # What is read decides a packed tensor's shape, not what the config alone let us expect.
-        return parameter != "bias" and isinstance(model.get_submodule(module), QuantLinear | QuantEmbedding)
+        holders = (QuantLinear, QuantEmbedding, QuantStack)
+        return parameter != "bias" and isinstance(model.get_submodule(module), holders)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes per element once loaded, so that automatic placement counts packed weights as they will be."""
         if not self.pre_quantized and self.plan is not None and self.param_needs_quantization(model, param_name):
-            module = param_name.rpartition(".")[0]
-            layout = self.plan.quantized[module].tensors(self._shape(module)).values()
-            return float(sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout)) / param.numel()
+            experts = self.expert_stacks(param_name)
+            name = param_name if experts else param_name.rpartition(".")[0]
+            layout = self.plan.quantized[name].tensors(self._shape(name)).values()
+            count = sum(stack.projection.experts for stack in experts) or 1
+            size = sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout)
+            return float(count * size) / param.numel()
         return param.element_size()
 
     def get_quantize_ops(self) -> QuantizeDense:
         return QuantizeDense(self)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        return [*weight_conversions, *self._converters]
+        # Before the model's own, which would merge the experts' tensors.
+        return [*self._expert_converters, *weight_conversions, *self._converters]
 
     # ---------------------------------------------------------------- after the weights
 
@@ -185,7 +224,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def _forget_converters(self, model: Any) -> None:
         """Saving reverts the conversions of loading; ours are undone by :meth:`get_state_dict_and_metadata`."""
-        ours = {id(converter) for converter in self._converters}
+        ours = {id(converter) for converter in (*self._converters, *self._expert_converters)}
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
             model._weight_conversions = [entry for entry in conversions if id(entry) not in ours]
@@ -207,7 +246,7 @@ class LowbitQuantizer(HfQuantizer):
         if hasattr(config, "llm_int8_skip_modules"):
             config.llm_int8_skip_modules = everything
         elif hasattr(config, "modules_to_not_convert"):
-            config.modules_to_not_convert = sorted(chosen)
+            config.modules_to_not_convert = everything if method_of(config).names_defaults else sorted(chosen)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict as the format's own library would write it."""
@@ -218,13 +257,17 @@ class LowbitQuantizer(HfQuantizer):
         }
         owned = {f"{name}.{part}" for name, layer in packed.items() for part in layer.packed_names}
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in owned}
-        others, recipe = list(state), self.recipe
+        recipe, specs = self.recipe, {name: (layer.spec, layer.shape) for name, layer in packed.items()}
+        written: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, QuantExperts):
+                specs |= write_experts(self, name, module, state, written)
+        others = list(state)
         for name, layer in packed.items():
             with on_host(layer):
                 tensors = recipe.wire.write(recipe.settings_of(self.stored_name(name)), layer.quant_tensor())
-            state |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        specs = {name: (layer.spec, layer.shape) for name, layer in packed.items()}
-        return state, recipe.wire.metadata(recipe.settings, specs, others)
+            written |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        return state | written, recipe.wire.metadata(recipe.settings, specs, others)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving a model turns its config's dtype, the default here, into a string.
@@ -237,6 +280,8 @@ class LowbitQuantizer(HfQuantizer):
                     dense = dense_linear(layer, wanted)
                 hand_over_hooks(layer, dense, offloaded=offloaded)
                 model.set_submodule(name, dense)
+            elif isinstance(layer, QuantExperts):
+                dequantize_experts(model, name, layer, wanted)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -262,6 +307,11 @@ def plan_of(model: nn.Module) -> Plan:
         if isinstance(module, QuantLinear | QuantEmbedding):
             entries[name], shapes[name] = module.spec, module.shape
             continue
+        if isinstance(module, QuantStack):
+            continue  # a part of its experts
+        if isinstance(module, QuantExperts):
+            for part, (spec, shape) in module.packed_specs().items():
+                entries[f"{name}.{part}"], shapes[f"{name}.{part}"] = spec, shape
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2:
                 key = name if parameter_name == "weight" else f"{name}.{parameter_name}"
@@ -269,8 +319,8 @@ def plan_of(model: nn.Module) -> Plan:
     return Plan(entries, shapes)
 
 
-def _quant_layers(model: nn.Module) -> Iterator[QuantLinear]:
-    return (module for module in model.modules() if isinstance(module, QuantLinear))
+def _quant_layers(model: nn.Module) -> Iterator[QuantLinear | QuantStack]:
+    return (module for module in model.modules() if isinstance(module, QuantLinear | QuantStack))
 
 
 def _default_reason(kept: Kept) -> bool:
