@@ -1,0 +1,55 @@
+"""``lowbit convert`` on the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowbit.cli.convert import parse_size
+from lowbit.errors import PlanError
+from outcome import Lowbit
+
+
+@pytest.fixture
+def gptq(lowbit: Lowbit, small: Path, tmp_path: Path) -> Path:
+    assert lowbit("quantize", small, tmp_path / "gptq", "--method", "rtn").status == 0
+    return tmp_path / "gptq"
+
+
+def test_gptq_to_awq_to_hqq_and_back_gives_the_same_file(lowbit: Lowbit, gptq: Path, tmp_path: Path) -> None:
+    source = gptq
+    for number, to in enumerate(("awq", "hqq", "gptq")):
+        outcome = lowbit("convert", source, tmp_path / f"{number}", "--to", to)
+        assert outcome.status == 0, outcome.err
+        assert "28 of 28 to the bit" in outcome.out
+        source = tmp_path / f"{number}"
+    assert (source / "model.safetensors").read_bytes() == (gptq / "model.safetensors").read_bytes()
+    assert (source / "tokenizer.json").read_bytes() == (gptq / "tokenizer.json").read_bytes()
+
+
+def test_refused_rounded_anew_and_dequantized(lowbit: Lowbit, gptq: Path, small: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    refused = lowbit("convert", gptq, target, "--to", "nf4")
+    assert "model.layers.0.mlp.down_proj can't be spelled in 'bitsandbytes-4bit'" in refused.mistake
+    assert "--requantize" in refused.mistake
+    assert not target.exists() and not list(tmp_path.glob(".target*"))
+
+    anew = lowbit("convert", gptq, target, "--to", "nf4", "--requantize")
+    assert "rounded anew      28: changed by 10." in anew.out
+    assert lowbit("inspect", target, "--json").json["format"] == "bitsandbytes-4bit"
+    assert "is not empty" in lowbit("convert", gptq, target, "--to", "dense").mistake
+
+    dense = lowbit("convert", gptq, target, "--to", "dense", "--dtype", "float32", "--shard-size", "4MB", "--overwrite")
+    assert "28 dequantized" in dense.out
+    assert lowbit("inspect", target, "--json").json["bits_per_weight"] == 32
+    assert len(list(target.glob("model-*.safetensors"))) > 4
+    assert "is dense; 'lowbit quantize'" in lowbit("convert", small, tmp_path / "x", "--to", "gptq").mistake
+
+
+def test_sizes() -> None:
+    assert parse_size("2GB") == 2 * 10**9
+    assert parse_size("1.5MiB") == 3 * 2**19
+    for wrong in ("2", "GB", "-1GB", "0MB", "1e400GB", "nanGB", "2TB"):
+        with pytest.raises(PlanError, match="a size is a number"):
+            parse_size(wrong)
