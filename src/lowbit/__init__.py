@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from lowbit.core import IntCode, Kept, Plan, QuantSpec, QuantTensor
     from lowbit.errors import FormatError, KernelUnavailable, LowbitError, PlanError, SpecError
     from lowbit.integrations.transformers import (
+        AutoConfig,
+        AutoTokenizer,
         AwqConfig,
         BitsAndBytesConfig,
+        GgufConfig,
         GPTQConfig,
         HqqConfig,
         register,
@@ -27,9 +30,12 @@ _HOMES = {
     "lowbit.core": ("IntCode", "Kept", "Plan", "QuantSpec", "QuantTensor"),
     "lowbit.errors": ("FormatError", "KernelUnavailable", "LowbitError", "PlanError", "SpecError"),
     "lowbit.integrations.transformers": (
+        "AutoConfig",
+        "AutoTokenizer",
         "AwqConfig",
         "BitsAndBytesConfig",
         "GPTQConfig",
+        "GgufConfig",
         "HqqConfig",
         "register",
         "unregister",
@@ -39,11 +45,14 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AutoConfig",
+    "AutoTokenizer",
     "AwqConfig",
     "BitsAndBytesConfig",
     "Checkpoint",
     "FormatError",
     "GPTQConfig",
+    "GgufConfig",
     "HqqConfig",
     "IntCode",
     "Kept",

@@ -1,17 +1,22 @@
 """Transformers: `register` hands it our quantizers; the Auto classes use them without registering anything."""
 
 from lowbit.integrations.transformers.auto import auto_class
+from lowbit.integrations.transformers.gguf import AutoConfig, AutoTokenizer
 from lowbit.integrations.transformers.methods.awq import AwqConfig
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
+from lowbit.integrations.transformers.methods.gguf import GgufConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig
 from lowbit.integrations.transformers.methods.hqq import HqqConfig
 from lowbit.integrations.transformers.recipe import Recipe
 from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
 
 __all__ = [
+    "AutoConfig",
+    "AutoTokenizer",
     "AwqConfig",
     "BitsAndBytesConfig",
     "GPTQConfig",
+    "GgufConfig",
     "HqqConfig",
     "Recipe",
     "auto_class",

@@ -16,9 +16,11 @@ from transformers.quantizers import auto as hf_auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import FormatError, LowbitError, PlanError
+from lowbit.integrations.transformers import gguf
 from lowbit.integrations.transformers.methods import method_of
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
+from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles
 from lowbit.wire.store import sidecar_config
 
 _METHOD = "lowbit"
@@ -53,7 +55,7 @@ class LowbitAutoModel:
     def from_pretrained(cls, path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
         """Load a model: dense, quantized by any known format, or quantized now.
 
-        Takes everything that Transformers' own method takes, and besides ``load_in_4bit``, ``load_in_8bit``,
+        Takes everything that Transformers' own method takes (of GGUF files also the path itself), and besides ``load_in_4bit``, ``load_in_8bit``,
         ``torch_dtype``, ``use_flash_attention_2``, and a `quantization_config` as an object or a dict.
 
         Raises:
@@ -63,15 +65,36 @@ class LowbitAutoModel:
         path = str(path)
         _translate_old_arguments(kwargs)
         requested = _requested_config(kwargs)
+        file = gguf.find_file(path, kwargs)
+        if file is not None:
+            return cls._from_gguf(file, requested, model_args, kwargs)
         config, kwargs = _load_config(path, kwargs)
         stored = _take_stored_config(config, path)
         carried = _combine(stored, requested)
         if carried is None:
             return cls._target.from_pretrained(path, *model_args, config=config, **kwargs)
         _default_dtype(carried, kwargs)
+        return cls._carry(carried, path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_gguf(cls, file: Path, requested: Any, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Load a GGUF file: its tensors reach Transformers' loader under Transformers' names, blocks as they are."""
+        config = kwargs.pop("config", None) or gguf.load_config(file)
+        kwargs = gguf.split_arguments(config, kwargs)
+        kwargs.setdefault("dtype", "float32")  # which llama.cpp and Transformers' own loader compute in
+        stored = gguf.stored_config(file, requested)
+        state = GgufCheckpointFiles(file).loadable()
+        if stored is None:
+            return cls._target.from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
+        carried = _Carried(stored, pre_quantized=True)
+        model = cls._carry(carried, None, *model_args, config=config, state_dict=state, **kwargs)
+        return model.dequantize() if stored.dequantize else model
+
+    @classmethod
+    def _carry(cls, carried: _Carried, *args: Any, **kwargs: Any) -> Any:
         hf_auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _CarriedQuantizer
         try:
-            return cls._target.from_pretrained(path, *model_args, config=config, quantization_config=carried, **kwargs)
+            return cls._target.from_pretrained(*args, quantization_config=carried, **kwargs)
         except RuntimeError as error:
             # The loader reports errors of single weights as text; ours say it better.
             if carried.errors:

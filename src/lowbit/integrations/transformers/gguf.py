@@ -1,0 +1,120 @@
+"""GGUF files through the Auto classes: where the file is, its configuration, its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+from transformers.utils import cached_file
+
+from lowbit.errors import PlanError
+from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowbit.integrations.transformers.methods.gguf import GgufConfig
+from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
+from lowbit.wire.gguf.config import config_of
+from lowbit.wire.gguf.container import open_gguf
+
+_HUB: Final = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def find_file(path: str, kwargs: dict[str, Any]) -> Path | None:
+    """The GGUF file that a call names, as ``gguf_file=`` in a folder or on the hub or as the path itself; else None.
+
+    Takes ``gguf_file`` out of the arguments.
+
+    Raises:
+        PlanError: there is no such file.
+    """
+    name = kwargs.pop("gguf_file", None)
+    if name is None:
+        return Path(path) if is_gguf(path) and Path(path).is_file() else None
+    for candidate in (Path(path) / name, Path(name)):
+        if candidate.is_file():
+            return candidate
+    if Path(path).exists():
+        raise PlanError(f"'{path}' holds no file '{name}'")
+    try:
+        found = cached_file(path, str(name), **{key: kwargs[key] for key in _HUB if key in kwargs})
+    except OSError as error:
+        raise PlanError(f"there is no file '{name}' in '{path}': {error}") from error
+    if found is None:
+        raise PlanError(f"there is no file '{name}' in '{path}'")
+    return Path(found)
+
+
+def load_config(file: Path, **changes: Any) -> transformers.PretrainedConfig:
+    """Transformers' configuration of a GGUF file.
+
+    Args:
+        changes: attributes to set otherwise than the file says.
+
+    Raises:
+        FormatError: the file is damaged or of an unknown architecture.
+    """
+    opened = open_gguf(file)
+    data = config_of(opened)
+    config: transformers.PretrainedConfig = transformers.AutoConfig.for_model(**{**data, **changes})
+    return config
+
+
+def load_tokenizer(file: Path) -> Any:
+    """The tokenizer in a GGUF file.
+
+    Raises:
+        FormatError: the file is damaged, or its tokenizer is of a kind that lowbit doesn't know.
+    """
+    return tokenizer_of(open_gguf(file).metadata)
+
+
+def split_arguments(config: transformers.PretrainedConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Set what are attributes of the configuration; returns the other arguments, without those of the hub."""
+    rest = {}
+    for name, value in kwargs.items():
+        if hasattr(config, name) and name not in ("dtype", "attn_implementation"):
+            setattr(config, name, value)
+        elif name not in _HUB and name != "trust_remote_code":
+            rest[name] = value
+    return rest
+
+
+def stored_config(file: Path, requested: Any) -> GgufConfig | None:
+    """The quantization config of a file; None where it holds plain numbers only.
+
+    Raises:
+        PlanError: the caller asks for something else than what the file holds.
+    """
+    if requested is not None and str(getattr(requested, "quant_method", "")) != "gguf":
+        raise PlanError(f"'{file}' is quantized already; {requested.quant_method} is asked for")
+    if getattr(requested, "type", None) is not None:
+        raise PlanError(f"'{file}' says the type of each weight itself; type={requested.type!r} is asked for")
+    if not GgufCheckpointFiles(file).types:
+        return None
+    return GgufConfig(gguf_file=str(file), dequantize=bool(getattr(requested, "dequantize", False)))
+
+
+class AutoConfig(transformers.AutoConfig):  # type: ignore[misc]
+    """`transformers.AutoConfig`, which also reads GGUF files, by ``gguf_file=`` or as the path."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:
+        """As Transformers' own."""
+        file = find_file(str(path), kwargs)
+        if file is None:
+            return transformers.AutoConfig.from_pretrained(path, **kwargs)
+        unused = kwargs.pop("return_unused_kwargs", False)
+        config = load_config(file)
+        rest = split_arguments(config, kwargs)
+        return (config, rest) if unused else config
+
+
+class AutoTokenizer(transformers.AutoTokenizer):  # type: ignore[misc]
+    """`transformers.AutoTokenizer`, which also reads GGUF files, by ``gguf_file=`` or as the path."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers' own."""
+        file = find_file(str(path), kwargs)
+        if file is None:
+            return transformers.AutoTokenizer.from_pretrained(path, *args, **kwargs)
+        return load_tokenizer(file)
