@@ -10,9 +10,12 @@ from lowbit.wire.awq import AwqWire
 from lowbit.wire.base import Json, Wire
 from lowbit.wire.bitsandbytes import Bitsandbytes4Wire, Bitsandbytes8Wire
 from lowbit.wire.compressed_tensors import CompressedTensorsWire
+from lowbit.wire.eetq import EetqWire
+from lowbit.wire.fbgemm_fp8 import FbgemmFp8Wire
 from lowbit.wire.gguf.wire import GgufWire
 from lowbit.wire.gptq import GptqWire
 from lowbit.wire.hqq import HqqWire
+from lowbit.wire.torchao import TorchAoWire
 
 
 @functools.cache
@@ -25,6 +28,9 @@ def _registered() -> list[Wire[Any]]:
         HqqWire(),
         GgufWire(),
         CompressedTensorsWire(),
+        EetqWire(),
+        FbgemmFp8Wire(),
+        TorchAoWire(),
     ]
 
 

@@ -4,9 +4,12 @@ from lowbit.integrations.transformers.auto import auto_class
 from lowbit.integrations.transformers.gguf import AutoConfig, AutoTokenizer
 from lowbit.integrations.transformers.methods.awq import AwqConfig
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
+from lowbit.integrations.transformers.methods.eetq import EetqConfig
+from lowbit.integrations.transformers.methods.fbgemm_fp8 import FbgemmFp8Config
 from lowbit.integrations.transformers.methods.gguf import GgufConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig
 from lowbit.integrations.transformers.methods.hqq import HqqConfig
+from lowbit.integrations.transformers.methods.torchao import TorchAoConfig
 from lowbit.integrations.transformers.recipe import Recipe
 from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
 
@@ -15,10 +18,13 @@ __all__ = [
     "AutoTokenizer",
     "AwqConfig",
     "BitsAndBytesConfig",
+    "EetqConfig",
+    "FbgemmFp8Config",
     "GPTQConfig",
     "GgufConfig",
     "HqqConfig",
     "Recipe",
+    "TorchAoConfig",
     "auto_class",
     "register",
     "register_method",

@@ -79,6 +79,9 @@ class Method:
         recipe: makes a :class:`Recipe` of a config (as an object, which may be Transformers' own, and as a dict).
         keys: Transformers' names for it; by default `name` alone.
         not_stored: arguments that say how to run or how it was made; a caller may differ from the file in these.
+        loading: arguments that say how to run; a caller's take the place of the stored ones.
+        names_defaults: whether a stored list of dense modules names also those that stay dense by default, since
+            readers that find a list keep nothing else dense.
         prepare: called with the config before a model is quantized on the fly, to complete it or to warn.
         default_dtype: what `from_pretrained` loads in when nothing is said, given whether the checkpoint is quantized.
     """
@@ -88,5 +91,7 @@ class Method:
     recipe: RecipeMaker
     keys: tuple[str, ...] = ()
     not_stored: frozenset[str] = frozenset()
+    loading: frozenset[str] = frozenset()
+    names_defaults: bool = False
     prepare: Callable[[Any], None] = lambda config: None
     default_dtype: Callable[[bool], str | None] = lambda pre_quantized: None

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any, Final
 
 from lowbit.errors import FormatError, PlanError
-from lowbit.integrations.transformers.methods import awq, bitsandbytes, gguf, gptq, hqq
+from lowbit.integrations.transformers.methods import awq, bitsandbytes, eetq, fbgemm_fp8, gguf, gptq, hqq, torchao
 from lowbit.integrations.transformers.recipe import Method, Recipe
 from lowbit.wire import wires
 from lowbit.wire.bitsandbytes import is_bitsandbytes
 
 METHODS: Final[dict[str, Method]] = {
-    method.name: method for method in (bitsandbytes.METHOD, gguf.METHOD, gptq.METHOD, awq.METHOD, hqq.METHOD)
+    method.name: method
+    for method in (
+        bitsandbytes.METHOD,
+        gguf.METHOD,
+        gptq.METHOD,
+        awq.METHOD,
+        hqq.METHOD,
+        eetq.METHOD,
+        fbgemm_fp8.METHOD,
+        torchao.METHOD,
+    )
 }
 _added: dict[str, Method] = {}
 
