@@ -201,6 +201,10 @@ def _combine(stored: Any, requested: Any) -> _Carried | None:
         _check_same(stored, requested)
         if hasattr(requested, "use_exllama"):
             stored.use_exllama = requested.use_exllama
+        default = _defaults(requested)
+        for name in method_of(stored).loading:
+            if getattr(requested, name) != default[name]:
+                setattr(stored, name, getattr(requested, name))
     return _Carried(stored, pre_quantized=True)
 
 
@@ -215,7 +219,8 @@ def _check_same(stored: Any, requested: Any) -> None:
             f"the checkpoint is quantized with {stored.quant_method}, and {requested.quant_method} is asked for"
         )
     given, have = requested.to_dict(), stored.to_dict()
-    default, not_stored = _defaults(requested), method_of(stored).not_stored
+    method = method_of(stored)
+    default, not_stored = _defaults(requested), method.not_stored | method.loading
     for name, value in given.items():
         left_alone = name in default and value == default[name]
         if name in not_stored or name not in have or value == have[name] or left_alone:
@@ -225,7 +230,7 @@ def _check_same(stored: Any, requested: Any) -> None:
 
 def _defaults(config: Any) -> dict[str, Any]:
     """What the config would hold if the caller had given nothing but what has to be given."""
-    required = {"bits": config.bits} if hasattr(config, "bits") else {}
+    required = {name: getattr(config, name) for name in ("bits", "quant_type") if hasattr(config, name)}
     data: dict[str, Any] = type(config)(**required).to_dict()
     return {name: value for name, value in data.items() if name not in required}
 
