@@ -20,7 +20,6 @@ from lowbit.integrations.transformers import gguf
 from lowbit.integrations.transformers.methods import method_of
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
-from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles
 from lowbit.wire.store import sidecar_config
 
 _METHOD = "lowbit"
@@ -82,13 +81,9 @@ class LowbitAutoModel:
         config = kwargs.pop("config", None) or gguf.load_config(file)
         kwargs = gguf.split_arguments(config, kwargs)
         kwargs.setdefault("dtype", "float32")  # which llama.cpp and Transformers' own loader compute in
-        stored = gguf.stored_config(file, requested)
-        state = GgufCheckpointFiles(file).loadable()
-        if stored is None:
-            return cls._target.from_pretrained(None, *model_args, config=config, state_dict=state, **kwargs)
-        carried = _Carried(stored, pre_quantized=True)
-        model = cls._carry(carried, None, *model_args, config=config, state_dict=state, **kwargs)
-        return model.dequantize() if stored.dequantize else model
+        carried = _Carried(gguf.stored_config(file, requested), pre_quantized=True)
+        model = cls._carry(carried, str(file.parent), *model_args, config=config, gguf_file=str(file), **kwargs)
+        return model.dequantize() if carried.inner.dequantize else model
 
     @classmethod
     def _carry(cls, carried: _Carried, *args: Any, **kwargs: Any) -> Any:

@@ -78,8 +78,8 @@ def split_arguments(config: transformers.PretrainedConfig, kwargs: dict[str, Any
     return rest
 
 
-def stored_config(file: Path, requested: Any) -> GgufConfig | None:
-    """The quantization config of a file; None where it holds plain numbers only.
+def stored_config(file: Path, requested: Any) -> GgufConfig:
+    """The quantization config of a file; one that holds plain numbers only gives a dense model.
 
     Raises:
         PlanError: the caller asks for something else than what the file holds.
@@ -88,9 +88,8 @@ def stored_config(file: Path, requested: Any) -> GgufConfig | None:
         raise PlanError(f"'{file}' is quantized already; {requested.quant_method} is asked for")
     if getattr(requested, "type", None) is not None:
         raise PlanError(f"'{file}' says the type of each weight itself; type={requested.type!r} is asked for")
-    if not GgufCheckpointFiles(file).types:
-        return None
-    return GgufConfig(gguf_file=str(file), dequantize=bool(getattr(requested, "dequantize", False)))
+    packed = bool(GgufCheckpointFiles(file).types)
+    return GgufConfig(gguf_file=str(file), dequantize=not packed or bool(getattr(requested, "dequantize", False)))
 
 
 class AutoConfig(transformers.AutoConfig):  # type: ignore[misc]
