@@ -13,6 +13,8 @@ from lowbit.core import FloatCode, IntCode, QuantSpec, QuantTensor, TableCode
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
 
+_LARGEST_GROUP = 1 << 31
+
 Settings = TypeVar("Settings")
 Json = Mapping[str, Any]
 
@@ -30,6 +32,8 @@ class Wire(abc.ABC, Generic[Settings]):
         suffixes: the names that a weight's tensors have behind the module's name; all that may occur.
         marker: the suffix whose presence says that a module is quantized.
         activation_scales: endings of tensors by which the outputs of an activation are divided.
+        needs_shapes: whether :meth:`read` depends on :meth:`with_shapes`.
+        kept: endings of tensors that no module has, and that are saved again as they were.
 
     Three methods serve conversion: :meth:`settings_for` and :meth:`spelling` say how another format's weight would be
     spelled here, :meth:`join` makes one checkpoint of many weights.
@@ -40,6 +44,8 @@ class Wire(abc.ABC, Generic[Settings]):
     suffixes: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
     activation_scales: ClassVar[tuple[str, ...]] = ()
+    needs_shapes: ClassVar[bool] = False
+    kept: ClassVar[tuple[str, ...]] = ()
 
     def detect(self, config: Json) -> bool:
         """Whether a ``quantization_config`` is of this wire."""
@@ -72,6 +78,18 @@ class Wire(abc.ABC, Generic[Settings]):
     ) -> dict[str, str]:
         """What the headers have to say of a checkpoint with these packed weights (by module) and other tensors."""
         del settings, weights, others
+        return {}
+
+    def with_shapes(self, settings: Settings, shapes: Mapping[str, tuple[int, int]]) -> Settings:
+        """The settings completed by the shapes of weights ``(out, in)``, for formats whose tensors don't say them."""
+        del shapes
+        return settings
+
+    def side_files(
+        self, settings: Settings, weights: Mapping[str, tuple[QuantSpec, tuple[int, int]]]
+    ) -> dict[str, Any]:
+        """The JSON files, by name, that readers of these packed weights (by module) look for beside ``config.json``."""
+        del settings, weights
         return {}
 
     def of(self, settings: Settings, module: str) -> Settings:
@@ -211,7 +229,7 @@ def group_size_of(config: Json, *names: str, default: int = 128) -> int:
     """
     name = next((name for name in names if name in config), names[0])
     size: int = field(config, name, int, default)
-    if size != -1 and size <= 0:
+    if size != -1 and not 0 < size < _LARGEST_GROUP:
         raise FormatError(
             f"quantization_config.{name} is out of range", found=size, expected="-1 or a positive integer"
         )

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -31,6 +32,7 @@ class Inventory:
         metadata: what the files' headers say beside their tensors, merged.
         dense: the model's parameters that are stored as they are.
         experts: the packed matrices of fused experts.
+        kept: tensors that no module has and that are saved again, by their names in the files.
 
     Raises:
         FormatError: pickled files, no packed weight at all, packed weights for modules that are not linear, or a layer
@@ -66,10 +68,12 @@ class Inventory:
     def _load_names(self) -> None:
         names: list[str] = []
         self.metadata: dict[str, str] = {}
+        self.kept: dict[str, Tensor] = {}
         for file in self.files:
             found, metadata = read_header(file)
             names += found
             self.metadata |= metadata
+            self.kept |= _read_few(file, [name for name in found if name.endswith(self.wire.kept)])
         mapping = get_model_conversion_mapping(self.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._mergers = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -188,3 +192,10 @@ class Inventory:
 
     def _where(self) -> str:
         return str(self.files[0].parent) if self.files else "state dict"
+
+
+def _read_few(file: Path, names: list[str]) -> dict[str, Tensor]:
+    if not names:
+        return {}
+    with safe_open(str(file), framework="pt") as reader:
+        return {name: reader.get_tensor(name) for name in names}

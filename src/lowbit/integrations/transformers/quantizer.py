@@ -56,6 +56,7 @@ class LowbitQuantizer(HfQuantizer):
         self._converters: list[Any] = []
         self._expert_converters: list[Any] = []
         self._stored: dict[str, str] = {}
+        self._kept: dict[str, Tensor] = {}
         self.stacks: dict[str, StoredStack] = {}
         self._expert_names: ExpertNames | None = None
 
@@ -147,6 +148,7 @@ class LowbitQuantizer(HfQuantizer):
         recipe = self.recipe
         self.recipe = replace(recipe, settings=recipe.wire.bind(recipe.settings, inventory.metadata))
         self._stored = inventory.stored
+        self._keep_beside(model, inventory.kept)
         for name in inventory.packed:
             dense = model.get_submodule(name)
             spec = self.recipe.spec_of(inventory.stored[name])
@@ -161,6 +163,13 @@ class LowbitQuantizer(HfQuantizer):
         prefix = getattr(model, "base_model_prefix", "")
         self._converters = read_converters(self, self.recipe.wire.suffixes, inventory.packed, prefix)
         self._expert_converters = expert_converters(self, inventory.experts, prefix)
+
+    def _keep_beside(self, model: Any, tensors: dict[str, Tensor]) -> None:
+        """Remember what no module holds, and tell the loader not to wonder about it."""
+        self._kept = tensors
+        if tensors:
+            ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(name) for name in tensors)]
+            model._keys_to_ignore_on_load_unexpected = ignored
 
     def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
         recipe = self.recipe
@@ -219,6 +228,8 @@ class LowbitQuantizer(HfQuantizer):
             layer.select_kernel(self.recipe.kernel)
         if self.plan is None:
             self.plan = plan_of(model)
+        if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
+            return self._dequantize(model)
         self._describe_in_config()
         return model
 
@@ -238,6 +249,9 @@ class LowbitQuantizer(HfQuantizer):
         if isinstance(getattr(config, "dataset", None), list):
             config.dataset = None
         if self.pre_quantized or plan is None:
+            return
+        if hasattr(config, "leave_out"):
+            config.leave_out(plan)
             return
         chosen = [name for name, kept in plan.kept.items() if not _default_reason(kept)]
         if not chosen:
@@ -267,7 +281,7 @@ class LowbitQuantizer(HfQuantizer):
             with on_host(layer):
                 tensors = recipe.wire.write(recipe.settings_of(self.stored_name(name)), layer.quant_tensor())
             written |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-        return state | written, recipe.wire.metadata(recipe.settings, specs, others)
+        return state | written | self._kept, recipe.wire.metadata(recipe.settings, specs, others)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # Saving a model turns its config's dtype, the default here, into a string.

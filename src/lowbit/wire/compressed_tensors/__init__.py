@@ -16,6 +16,8 @@ the global one. ``config_groups`` gives each module a scheme, by its name, an ex
 """
 
 from lowbit.wire.compressed_tensors.schemes import PRESETS, Args, Scheme, Sparsity
+from lowbit.wire.compressed_tensors.specs import spec_of
+from lowbit.wire.compressed_tensors.targets import first_match
 from lowbit.wire.compressed_tensors.wire import (
     KV_SUFFIXES,
     METHOD,
@@ -33,5 +35,7 @@ __all__ = [
     "CompressedTensorsWire",
     "Scheme",
     "Sparsity",
+    "first_match",
     "flatten",
+    "spec_of",
 ]

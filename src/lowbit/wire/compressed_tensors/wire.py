@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
@@ -103,6 +104,7 @@ class CompressedTensorsWire(Wire[CompressedTensorsSettings]):
         *SPARSE_SUFFIXES,
     )
     marker: ClassVar[str] = "weight_scale"
+    kept: ClassVar[tuple[str, ...]] = tuple(f".{suffix}" for suffix in KV_SUFFIXES)
 
     def detect(self, config: Json) -> bool:
         method = config.get("quant_method")
@@ -113,6 +115,15 @@ class CompressedTensorsWire(Wire[CompressedTensorsSettings]):
     def modules(self, names: Collection[str]) -> list[str]:
         endings = (".weight_scale", ".bitmask")
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.endswith(endings)))
+
+    def check_names(self, others: Collection[str]) -> None:
+        scales = [name for name in others if name.endswith(self.kept)]
+        if scales:
+            warnings.warn(
+                f"the checkpoint has {len(scales)} scales for a quantized cache ({scales[0]}, ...), which are kept; "
+                "the cache itself stays in the model's dtype",
+                stacklevel=2,
+            )
 
     def parse(self, config: Json) -> CompressedTensorsSettings:
         config = flatten(config)
