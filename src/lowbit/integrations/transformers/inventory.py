@@ -49,6 +49,13 @@ class Inventory:
     def shape(self, name: str) -> tuple[int, int]:
         return linear_shape(self.model.get_submodule(name))
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of all packed weights, as the files call them."""
+        shapes = {stored: self.shape(name) for name, stored in self.stored.items()}
+        for entry in self.experts.stacks.values():
+            shapes |= dict.fromkeys(entry.names.values(), entry.stack.projection.part_shape)
+        return shapes
+
     def check_complete(self) -> None:
         """Every weight of the model has to be in the files, packed or dense; a new task's head may be missing.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
 from lowbit.integrations.transformers.tables import dequantize_tables, put_table
+from lowbit.integrations.transformers.saving import SavePretrained, write_side_files
 from lowbit.nn import QuantExperts, QuantLinear, QuantStack, plan_model
 from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
 from lowbit.nn.planning import default_keep
@@ -52,6 +54,7 @@ class LowbitQuantizer(HfQuantizer):
             method_of(quantization_config).prepare(quantization_config)
         self.recipe = make_recipe(quantization_config)
         self.plan: Plan | None = None
+        self.folder: Path | None = None  # where the model is being saved
         self.errors: list[LowbitError] = []
         self._converters: list[Any] = []
         self._expert_converters: list[Any] = []
@@ -146,7 +149,8 @@ class LowbitQuantizer(HfQuantizer):
         inventory = Inventory(model, self.recipe.wire, checkpoint_files)
         inventory.check_complete()
         recipe = self.recipe
-        self.recipe = replace(recipe, settings=recipe.wire.bind(recipe.settings, inventory.metadata))
+        settings = recipe.wire.bind(recipe.settings, inventory.metadata)
+        self.recipe = replace(recipe, settings=recipe.wire.with_shapes(settings, inventory.shapes()))
         self._stored = inventory.stored
         self._keep_beside(model, inventory.kept)
         for name in inventory.packed:
@@ -231,6 +235,8 @@ class LowbitQuantizer(HfQuantizer):
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
             return self._dequantize(model)
         self._describe_in_config()
+        if self.recipe.wire.side_files(self.recipe.settings, {}):
+            model.save_pretrained = SavePretrained(model)
         return model
 
     def _forget_converters(self, model: Any) -> None:
@@ -281,6 +287,8 @@ class LowbitQuantizer(HfQuantizer):
             with on_host(layer):
                 tensors = recipe.wire.write(recipe.settings_of(self.stored_name(name)), layer.quant_tensor())
             written |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        if self.folder is not None:
+            write_side_files(self.folder, recipe.wire.side_files(recipe.settings, specs))
         return state | written | self._kept, recipe.wire.metadata(recipe.settings, specs, others)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
