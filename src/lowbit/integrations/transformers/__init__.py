@@ -4,6 +4,7 @@ from lowbit.integrations.transformers.auto import auto_class
 from lowbit.integrations.transformers.gguf import AutoConfig, AutoTokenizer
 from lowbit.integrations.transformers.methods.awq import AwqConfig
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
+from lowbit.integrations.transformers.methods.compressed_tensors import CompressedTensorsConfig
 from lowbit.integrations.transformers.methods.eetq import EetqConfig
 from lowbit.integrations.transformers.methods.fbgemm_fp8 import FbgemmFp8Config
 from lowbit.integrations.transformers.methods.gguf import GgufConfig
@@ -18,6 +19,7 @@ __all__ = [
     "AutoTokenizer",
     "AwqConfig",
     "BitsAndBytesConfig",
+    "CompressedTensorsConfig",
     "EetqConfig",
     "FbgemmFp8Config",
     "GPTQConfig",

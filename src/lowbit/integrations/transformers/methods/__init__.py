@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any, Final
 
 from lowbit.errors import FormatError, PlanError
-from lowbit.integrations.transformers.methods import awq, bitsandbytes, eetq, fbgemm_fp8, gguf, gptq, hqq, torchao
+from lowbit.integrations.transformers.methods import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    eetq,
+    fbgemm_fp8,
+    gguf,
+    gptq,
+    hqq,
+    torchao,
+)
 from lowbit.integrations.transformers.recipe import Method, Recipe
 from lowbit.wire import wires
 from lowbit.wire.bitsandbytes import is_bitsandbytes
@@ -21,6 +31,7 @@ METHODS: Final[dict[str, Method]] = {
         eetq.METHOD,
         fbgemm_fp8.METHOD,
         torchao.METHOD,
+        compressed_tensors.METHOD,
     )
 }
 _added: dict[str, Method] = {}
@@ -49,6 +60,8 @@ def method_of(config: Any) -> Method:
     """
     data = config if isinstance(config, dict) else config.to_dict()
     spelled = data.get("quant_method") if isinstance(config, dict) else config.quant_method
+    if spelled is None:  # older files of compressed-tensors say it deeper down
+        spelled = next((wire.quant_method for wire in wires() if wire.detect(data)), None)
     name = "bitsandbytes" if is_bitsandbytes(data) else str(getattr(spelled, "value", spelled))
     method = method_named(name)
     if method is None and any(wire.detect({**data, "quant_method": name}) for wire in wires()):
