@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Collection, Mapping
 from typing import Any, Final, Protocol
 
@@ -15,6 +16,7 @@ from lowbit.wire.gguf.container import TensorInfo
 from lowbit.wire.gguf.names import ROPE_TENSORS, blocks_of, find_architecture
 
 _LIMIT: Final = 1 << 31
+_FP32_LIMIT: Final = 3.4e38
 _REQUIRED: Final = ("block_count", "embedding_length", "attention.head_count")
 _TOKENS: Final = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
@@ -100,12 +102,12 @@ def _value(metadata: Mapping[str, Any], key: str, *, required: bool) -> Any:
 
 def shortest(value: float) -> float:
     """The shortest decimal number that rounds to the same fp32 number: 1e-05, not 9.999999747378752e-06."""
-    exact = torch.tensor(value, dtype=torch.float32).item()
-    for digits in range(1, 10):
-        short = float(f"{value:.{digits}g}")
-        if torch.tensor(short, dtype=torch.float32).item() == exact:
-            return short
-    return value
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((short for short in candidates if _fp32(short) == _fp32(value)), value)
+
+
+def _fp32(value: float) -> bytes:
+    return struct.pack("<f", value) if abs(value) < _FP32_LIMIT else struct.pack("<d", value)
 
 
 def _check_blocks(row: Architecture, config: Mapping[str, Any], tensors: Collection[str]) -> None:
@@ -253,7 +255,7 @@ def _llama3(stored: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def llama3_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> Tensor:
     """What each rotary frequency is divided by, ``fp32 [head_dim / 2]``."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)

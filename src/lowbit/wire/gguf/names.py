@@ -128,7 +128,7 @@ class Rows:
         """Which of Transformers' rows each stored row is."""
         per_group = self._heads // self._kv_heads + 2
         self._check(rows, self._kv_heads * per_group)
-        numbers = torch.arange(rows).view(self._kv_heads, per_group, -1)
+        numbers = torch.arange(rows, device="cpu").view(self._kv_heads, per_group, -1)
         return torch.cat([numbers[:, :-2].reshape(-1), numbers[:, -2].reshape(-1), numbers[:, -1].reshape(-1)])
 
     def _check(self, rows: int, divisor: int) -> None:
