@@ -29,8 +29,8 @@ from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack, S
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
-from lowbit.integrations.transformers.tables import dequantize_tables, put_table
 from lowbit.integrations.transformers.saving import SavePretrained, write_side_files
+from lowbit.integrations.transformers.tables import dequantize_tables, put_table
 from lowbit.nn import QuantExperts, QuantLinear, QuantStack, plan_model
 from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
 from lowbit.nn.planning import default_keep

@@ -14,6 +14,7 @@ from lowbit.integrations.transformers.methods import (
     gguf,
     gptq,
     hqq,
+    quanto,
     torchao,
 )
 from lowbit.integrations.transformers.recipe import Method, Recipe
@@ -28,6 +29,7 @@ METHODS: Final[dict[str, Method]] = {
         gptq.METHOD,
         awq.METHOD,
         hqq.METHOD,
+        quanto.METHOD,
         eetq.METHOD,
         fbgemm_fp8.METHOD,
         torchao.METHOD,
