@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowbit.core import IntCode, Kept, Plan, QuantSpec, QuantTensor
     from lowbit.errors import FormatError, KernelUnavailable, LowbitError, PlanError, SpecError
     from lowbit.integrations.transformers import (
+        AqlmConfig,
         AutoConfig,
         AutoTokenizer,
         AwqConfig,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
         GgufConfig,
         GPTQConfig,
         HqqConfig,
-        QuantoConfig,
         TorchAoConfig,
         register,
         unregister,
@@ -35,6 +35,7 @@ _HOMES = {
     "lowbit.core": ("IntCode", "Kept", "Plan", "QuantSpec", "QuantTensor"),
     "lowbit.errors": ("FormatError", "KernelUnavailable", "LowbitError", "PlanError", "SpecError"),
     "lowbit.integrations.transformers": (
+        "AqlmConfig",
         "AutoConfig",
         "AutoTokenizer",
         "AwqConfig",
@@ -45,7 +46,6 @@ _HOMES = {
         "GPTQConfig",
         "GgufConfig",
         "HqqConfig",
-        "QuantoConfig",
         "TorchAoConfig",
         "register",
         "unregister",
@@ -55,6 +55,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AqlmConfig",
     "AutoConfig",
     "AutoTokenizer",
     "AwqConfig",
@@ -75,7 +76,6 @@ __all__ = [
     "PlanError",
     "QuantSpec",
     "QuantTensor",
-    "QuantoConfig",
     "SpecError",
     "TorchAoConfig",
     "open_checkpoint",

@@ -35,7 +35,7 @@ def dequantize(
         ``[out, in]`` of `dtype`.
     """
     work = dtype if spec.rounding == "each" else torch.float32
-    values = decode_codes(spec, tensors, shape).to(work)
+    values = decode_codes(spec, tensors, shape, work).to(work)
     if not spec.scale.stored:
         return values.to(dtype)
     scales = _expand(decode_scales(spec, tensors, shape).to(work), spec, tensors, shape)
@@ -51,13 +51,15 @@ def dequantize(
     return values.to(dtype)
 
 
-def decode_codes(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """Integers (uint8 or int8), table values (fp32), floats, sums of vectors (as the codebooks), or blocks (fp32)."""
+def decode_codes(
+    spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], work: torch.dtype = torch.float32
+) -> Tensor:
+    """Integers (uint8 or int8), table values (fp32), floats, sums of vectors (of the dtype `work`), or blocks (fp32)."""
     codes = tensors["codes"]
     if isinstance(spec.code, FloatCode):
         return codes
     if isinstance(spec.code, VectorCode):
-        return _sum_vectors(spec.code, codes, tensors["codebooks"], shape)
+        return _sum_vectors(spec.code, codes, tensors["codebooks"].to(work), shape)
     if isinstance(spec.code, BlockCode):
         return decode_blocks(spec.code.name, codes)[:, : shape[1]]
     if spec.bits < 8:
@@ -71,10 +73,15 @@ def decode_codes(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[in
 
 
 def _sum_vectors(code: VectorCode, codes: Tensor, codebooks: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Not by additions: this is the operator that AQLM uses, and how its sum is rounded depends on dtype and device.
+
+    In bf16, for one, the CPU's rounds ties away from zero, as nothing else in torch does.
+    """
     indices = codes.to(torch.int32) & ((1 << code.bits) - 1)
-    tiles = codebooks[0][indices[..., 0]]
-    for number in range(1, code.codebooks):
-        tiles = tiles + codebooks[number][indices[..., number]]
+    offsets = torch.arange(code.codebooks, dtype=torch.int32, device=codes.device) << code.bits
+    vectors = codebooks.reshape(code.codebooks << code.bits, code.out_group * code.in_group)
+    sums = functional.embedding_bag((indices + offsets).flatten(0, 1), vectors, mode="sum")
+    tiles = sums.view(*codes.shape[:2], code.out_group, code.in_group)
     return tiles.transpose(1, 2).reshape(-1, codes.shape[1] * code.in_group)[: shape[0], : shape[1]]
 
 

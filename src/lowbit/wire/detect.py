@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from lowbit.errors import FormatError
+from lowbit.wire.aqlm import AqlmWire
 from lowbit.wire.awq import AwqWire
 from lowbit.wire.base import Json, Wire
 from lowbit.wire.bitsandbytes import Bitsandbytes4Wire, Bitsandbytes8Wire
@@ -15,7 +16,6 @@ from lowbit.wire.fbgemm_fp8 import FbgemmFp8Wire
 from lowbit.wire.gguf.wire import GgufWire
 from lowbit.wire.gptq import GptqWire
 from lowbit.wire.hqq import HqqWire
-from lowbit.wire.quanto import QuantoWire
 from lowbit.wire.torchao import TorchAoWire
 
 
@@ -27,7 +27,7 @@ def _registered() -> list[Wire[Any]]:
         GptqWire(),
         AwqWire(),
         HqqWire(),
-        QuantoWire(),
+        AqlmWire(),
         GgufWire(),
         CompressedTensorsWire(),
         EetqWire(),

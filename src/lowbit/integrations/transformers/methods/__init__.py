@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from lowbit.errors import FormatError, PlanError
 from lowbit.integrations.transformers.methods import (
+    aqlm,
     awq,
     bitsandbytes,
     compressed_tensors,
@@ -14,7 +15,6 @@ from lowbit.integrations.transformers.methods import (
     gguf,
     gptq,
     hqq,
-    quanto,
     torchao,
 )
 from lowbit.integrations.transformers.recipe import Method, Recipe
@@ -29,7 +29,7 @@ METHODS: Final[dict[str, Method]] = {
         gptq.METHOD,
         awq.METHOD,
         hqq.METHOD,
-        quanto.METHOD,
+        aqlm.METHOD,
         eetq.METHOD,
         fbgemm_fp8.METHOD,
         torchao.METHOD,
