@@ -45,10 +45,12 @@ class GgmlBlocks(Algorithm):
         if name is None or maker is None:
             raise PlanError(f"ggml's quantizers make {', '.join(MAKERS)}; not '{spec}'")
         shape = (weight.shape[0], weight.shape[1])
+        if 0 in shape:
+            raise PlanError(f"a weight of shape {list(shape)} holds nothing to quantize")
         if shape[1] % maker.elements:
             raise PlanError(f"{name} has blocks of {maker.elements} weights; a row of {shape[1]} isn't a multiple")
-        step = max(1, _CHUNK // max(shape[1], 1))
-        made = [_checked(maker.make(name, rows.float()), name) for rows in weight.split(step)] if shape[0] else []
+        step = max(1, _CHUNK // shape[1])
+        made = [_checked(maker.make(name, rows.float()), name) for rows in weight.split(step)]
         layout = spec.tensors(shape)
         tensors = {
             key: torch.cat([part[key] for part in made]).view(layout[key][0]) for key in made[0] if key != "table"
@@ -157,7 +159,7 @@ def _base_4(digits: Tensor) -> Tensor:
 
 
 def _base_3(digits: Tensor) -> Tensor:
-    """Five digits a byte (the last four bytes four), the first the most significant, scaled up to use the whole byte."""
+    """Five digits a byte (the last four bytes four), the first the most significant, scaled up to fill the byte."""
     powers = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=digits.device)
     parts = (digits[:, :160].view(-1, 5, 32), digits[:, 160:240].view(-1, 5, 16), digits[:, 240:].view(-1, 4, 4))
     numbers = torch.cat([(part * powers[: part.shape[1], None]).sum(1) for part in parts], dim=1)
@@ -181,10 +183,7 @@ def _with_mins(name: str, rows: Tensor) -> Parts:
     limit = (1 << (second.bits if second else 0)) - 1
     x = _blocks(rows, size).t().contiguous()
     magnitude = x.abs()
-    if name == "Q2_K":
-        weights = magnitude
-    else:
-        weights = magnitude + (kquants.total(x * x) / size).sqrt()
+    weights = magnitude if name == "Q2_K" else magnitude + (kquants.total(x * x) / size).sqrt()
     search = _SEARCHES[name]
     candidates = [fp32(search.first + fp32(fp32(0.1) * number)) for number in range(search.steps + 1)]
     found = kquants.search_affine(x, weights, top, candidates, absolute=name == "Q2_K")

@@ -1,8 +1,8 @@
 """The searches behind ggml's quantizers: scales (and mins) that fit a group best, by trying a few and solving for each.
 
 For a candidate scale the codes are fixed by rounding, and given the codes the best scale is a weighted least-squares
-fit; the candidate with the least error stays. Groups lie in columns, ``fp32 [size, groups]``, and sums run down a column
-one element after the other, as in ggml's reference code: fp32 sums depend on their order, and so do ties and bits.
+fit; the candidate with the least error stays. Groups lie in columns, ``fp32 [size, groups]``, and sums run down a
+column one element after the other, as in ggml's reference code: fp32 sums depend on their order, and so do the bits.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _improve(
 
 
 def _nearest(x: Tensor) -> Tensor:
-    """Round to nearest even as ggml does, by adding 1.5 * 2**23: also what becomes of numbers past 2**22 is the same."""
+    """Round to nearest even as ggml does, by adding 1.5 * 2**23; numbers past 2**22 become the same as there."""
     return (((x + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000).float()
 
 
