@@ -33,12 +33,13 @@ class Algorithm(abc.ABC):
 @functools.cache
 def _registered() -> list[Algorithm]:
     from lowbit.algorithms.blockwise import BlockwiseTable
+    from lowbit.algorithms.ggml import GgmlBlocks
     from lowbit.algorithms.hqq import HalfQuadratic
     from lowbit.algorithms.minmax import MinMax
     from lowbit.algorithms.rows import Int8Rows
     from lowbit.algorithms.rtn import RoundToNearest
 
-    return [BlockwiseTable(), Int8Rows(), HalfQuadratic(), RoundToNearest(), MinMax()]
+    return [BlockwiseTable(), Int8Rows(), HalfQuadratic(), RoundToNearest(), MinMax(), GgmlBlocks()]
 
 
 def register_algorithm(algorithm: Algorithm) -> None:
