@@ -6,6 +6,7 @@ They never touch files or modules. :func:`quantize` picks the algorithm that a s
 from lowbit.algorithms.affine import AffineIntegers, Int4Additive
 from lowbit.algorithms.base import Algorithm, find_algorithm, quantize, register_algorithm
 from lowbit.algorithms.blockwise import BlockwiseTable, nested_map
+from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.algorithms.eetq import HalfAwayRows
 from lowbit.algorithms.float8 import ScaledFloat8
 from lowbit.algorithms.rows import Int8Rows
@@ -16,6 +17,7 @@ __all__ = [
     "AffineIntegers",
     "Algorithm",
     "BlockwiseTable",
+    "GgmlBlocks",
     "HalfAwayRows",
     "Int4Additive",
     "Int8Rows",
