@@ -58,7 +58,9 @@ def plan_model(
                 entries[key] = _fate(key, linear_shape(module), spec, unwanted, keep, refusal)
             elif projection := experts.get(parameter_name):
                 shapes[key] = (projection.experts, *projection.shape)
-                entries[key] = _fate(key, projection.part_shape, spec, unwanted, keep, refusal)
+                pattern = matches(name, unwanted)  # of the experts as a whole
+                fate = _fate(key, projection.part_shape, spec, unwanted, keep, refusal)
+                entries[key] = Kept(f"skipped by '{pattern}'") if pattern and key not in keep else fate
             else:
                 entries[key] = Kept(keep.get(key) or _not_linear(module, parameter_name, parameter.dim()))
     plan = Plan(entries, shapes)

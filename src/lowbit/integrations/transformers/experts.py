@@ -203,12 +203,7 @@ class StoredExperts:
         """
         for parameter in sorted(self.parameters):
             stacks = self._names.stacks[parameter]
-            missing = [
-                name
-                for stack in stacks
-                for number, name in enumerate(stack.written)
-                if stack.name not in self.stacks or number not in self.stacks[stack.name].names
-            ]
+            missing = [name for stack in stacks for name in self._missing(stack)]
             if missing:
                 total = len(stacks) * stacks[0].projection.experts
                 raise FormatError(
@@ -222,6 +217,16 @@ class StoredExperts:
             wanted = {stack.part: stack.projection.experts for stack in stacks}
             if counts != wanted:
                 raise FormatError("biases of experts are missing", tensor=parameter, found=counts, expected=wanted)
+
+    def _missing(self, stack: ExpertStack) -> list[str]:
+        """The matrices that are not there, as the files would call them."""
+        if stack.name not in self.stacks:
+            return stack.written
+        names = self.stacks[stack.name].names
+        number, example = next(iter(names.items()))
+        before = example.removesuffix(f".{number}.{self.stacks[stack.name].stack.leaf}")
+        leaf = self.stacks[stack.name].stack.leaf
+        return [f"{before}.{other}.{leaf}" for other in range(stack.projection.experts) if other not in names]
 
     def by_module(self) -> Iterator[tuple[str, dict[str, list[StoredStack]]]]:
         """Each experts module with its packed projections: the parts of each in order."""

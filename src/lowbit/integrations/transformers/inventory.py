@@ -98,10 +98,13 @@ class Inventory:
         self.experts = StoredExperts(ExpertNames(self.model, mapping))
         self._present = set(names)
         self._scale_activations([name for name in others if name.endswith(self.wire.activation_scales)])
-        self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
-        self.packed = list(self.stored)
-        self.dense = {target for name in others for target in self._targets(name)}
-        self.experts.check()
+        try:
+            self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
+            self.packed = list(self.stored)
+            self.dense = {target for name in others for target in self._targets(name)}
+            self.experts.check()
+        except FormatError as error:
+            raise error.located(file=self._where()) from error
 
     def _scale_activations(self, names: list[str]) -> None:
         """Make room in the model for the scales of activations."""

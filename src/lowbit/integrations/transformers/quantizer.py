@@ -129,6 +129,9 @@ class LowbitQuantizer(HfQuantizer):
         self.errors.append(error)
         return error
 
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Experts stay as they are; Transformers would take some apart into linear layers."""
+
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, dtype: Any = None, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
