@@ -175,7 +175,7 @@ class LowbitQuantizer(HfQuantizer):
         """Remember what no module holds, and tell the loader not to wonder about it."""
         self._kept = tensors
         if tensors:
-            ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(name) for name in tensors)]
+            ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(name) for name in tensors)}
             model._keys_to_ignore_on_load_unexpected = ignored
 
     def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
