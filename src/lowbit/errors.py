@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_LONGEST = 1000  # characters of one value in a message
+
 
 class LowbitError(Exception):
     """Base of lowbit's errors."""
@@ -29,7 +31,7 @@ class FormatError(LowbitError, ValueError):
     def _compose(self) -> str:
         where = " of ".join(part for part in (self.tensor, self.file) if part)
         details = [
-            f"{label} {value}"
+            f"{label} {_shortened(str(value))}"
             for label, value in (("found", self.found), ("expected", self.expected))
             if value is not None
         ]
@@ -52,6 +54,11 @@ class FormatError(LowbitError, ValueError):
             found=self.found,
             expected=self.expected,
         )
+
+
+def _shortened(text: str) -> str:
+    """What stands in a file may be long; what is said of it is not."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(text)} characters)"
 
 
 class PlanError(LowbitError, ValueError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,15 +14,18 @@ from torch import Tensor
 from lowbit.core import Kept, Plan, QuantTensor
 from lowbit.errors import FormatError
 from lowbit.wire.base import Wire
-from lowbit.wire.detect import find_wire
+from lowbit.wire.detect import find_wire, wires
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
+from lowbit.wire.quanto import QMAP
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 _JSON_LIMIT: Final = 64 * 2**20  # bytes; the index of the largest models takes under 10 MB
+_HEADER_LIMIT: Final = 100_000_000  # bytes; safetensors' own
 _LFS: Final = b"version https://git-lfs"
 # Where AutoGPTQ and AutoAWQ put what is in config.json now.
 SIDECARS: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+Shapes = Callable[[Path], Mapping[str, tuple[int, int]]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,10 +67,28 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
 
 
 def sidecar_config(folder: Path) -> dict[str, Any] | None:
-    """The quantization config that AutoGPTQ or AutoAWQ left beside ``config.json``, with its method named."""
+    """The quantization config that is elsewhere than in ``config.json``, with its method named.
+
+    AutoGPTQ, AutoAWQ and quanto leave a file beside it; hqq's own files have no config.
+    """
     for name, method in SIDECARS.items():
         if (folder / name).is_file():
             return {"quant_method": method, **read_json(folder / name)}
+    if (folder / QMAP).is_file():
+        return {"quant_method": "quanto", "qmap": read_json(folder / QMAP)}
+    return _config_from_tensors(folder)
+
+
+def _config_from_tensors(folder: Path) -> dict[str, Any] | None:
+    """The config of files that have none, where the tensors of their format say everything (HQQ's own saving)."""
+    names: list[str] = []
+    if (folder / INDEX).is_file():
+        names = list(read_json(folder / INDEX).get("weight_map") or ())
+    elif (folder / SINGLE).is_file():
+        names = list(_open(folder / SINGLE).keys())
+    for wire in wires():
+        if wire.describes_itself and (modules := wire.modules(names)):
+            return wire.describe(modules, CheckpointFiles(folder).tensor)
     return None
 
 
@@ -89,7 +110,7 @@ class CheckpointFiles:
 
     def layout(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype name, from the header."""
-        view = self._reader(self._files[name]).get_slice(name)
+        view = self._view(name)
         return tuple(view.get_shape()), view.get_dtype()
 
     def metadata(self) -> dict[str, str]:
@@ -103,9 +124,20 @@ class CheckpointFiles:
         return self._files[name]
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor to the host."""
-        tensor: Tensor = self._reader(self._files[name]).get_tensor(name)
+        """Read one tensor to the host.
+
+        Raises:
+            FormatError: it has a dtype that torch doesn't have.
+        """
+        path = self._files[name]
+        try:
+            tensor: Tensor = self._reader(path).get_tensor(name)
+        except SafetensorError as error:
+            raise FormatError(f"can't be read: {error}", file=str(path), tensor=name) from error
         return tensor
+
+    def _view(self, name: str) -> Any:
+        return self._reader(self._files[name]).get_slice(name)
 
     def _locate(self) -> dict[str, Path]:
         if (self.folder / INDEX).is_file():
@@ -200,11 +232,33 @@ def _open(path: Path) -> Any:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
                 raise FormatError("this is a git-lfs pointer, not the weights: run 'git lfs pull'", file=str(path))
+            _check_names(file, path)
         return safe_open(str(path), framework="pt", device="cpu")
     except OSError as error:
         raise FormatError(f"can't be read: {error.strerror or error}", file=str(path)) from error
     except SafetensorError as error:
         raise FormatError(f"is not a valid safetensors file: {error}", file=str(path)) from error
+
+
+def _check_names(file: BinaryIO, path: Path) -> None:
+    """Refuse a header that names a tensor twice: readers differ in which of the two they take."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if length > _HEADER_LIMIT or length > path.stat().st_size:
+        return  # safetensors says what is wrong
+    try:
+        json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not a valid safetensors file: {error}", file=str(path)) from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in data if names.count(name) > 1)
+        raise ValueError(f"the header has '{twice:.80}' twice")
+    return data
 
 
 class Checkpoint:
@@ -220,11 +274,16 @@ class Checkpoint:
     """
 
     def __init__(
-        self, files: CheckpointFiles | GgufCheckpointFiles, wire: Wire[Any], config: Mapping[str, Any]
+        self,
+        files: CheckpointFiles | GgufCheckpointFiles,
+        wire: Wire[Any],
+        config: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.format, self.config, self.files, self.wire = wire.name, config, files, wire
         self._modules = quantized_modules(files.names(), wire)
-        self.settings = wire.bind(wire.parse(config), files.metadata())
+        settings = wire.bind(wire.parse(config), files.metadata())
+        self.settings = wire.with_shapes(settings, shapes) if shapes else settings
         self.weights: Mapping[str, QuantTensor] = _LazyWeights(files, wire, self.settings, self._modules)
 
     @property
@@ -272,8 +331,11 @@ class _LazyWeights(Mapping[str, QuantTensor]):
         return len(self._suffixes)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, shapes: Shapes | None = None) -> Checkpoint:
     """Open a quantized checkpoint, a folder or a GGUF file; reads headers and configuration only.
+
+    Args:
+        shapes: asked for the shapes of a folder's weights, by module, where the format's tensors don't say them.
 
     Raises:
         FormatError: neither a folder of safetensors files nor a GGUF file, not quantized, or in a format that no wire
@@ -299,7 +361,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             found=f"no *.{wire.marker}",
             expected=wire.name,
         )
-    return Checkpoint(files, wire, config)
+    return Checkpoint(files, wire, config, shapes(folder) if shapes is not None and wire.needs_shapes else {})
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -20,7 +20,7 @@ from lowbit.integrations.transformers import gguf
 from lowbit.integrations.transformers.methods import method_of
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
-from lowbit.wire.store import sidecar_config
+from lowbit.wire.store import read_json, sidecar_config
 
 _METHOD = "lowbit"
 
@@ -149,6 +149,8 @@ def _load_config(path: str, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, d
     config = kwargs.pop("config", None)
     if config is not None:
         return config, kwargs
+    if (Path(path) / "config.json").is_file():
+        read_json(Path(path) / "config.json")  # of bounded size and depth; Transformers takes any
     # For the model alone: the config's own loader would swallow these, and take "auto" for a dtype.
     shared = {name: kwargs.pop(name) for name in ("dtype", "attn_implementation") if name in kwargs}
     config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **kwargs)
