@@ -20,6 +20,7 @@ from lowbit.wire.quanto import QMAP
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+FORMER_KEY: Final = "compression_config"  # what compressed-tensors called it before it was in Transformers
 _JSON_LIMIT: Final = 64 * 2**20  # bytes; the index of the largest models takes under 10 MB
 _HEADER_LIMIT: Final = 100_000_000  # bytes; safetensors' own
 _LFS: Final = b"version https://git-lfs"
@@ -54,7 +55,7 @@ def quantization_config(folder: Path) -> dict[str, Any] | None:
         FormatError: the configuration is there but is not an object.
     """
     config = read_json(folder / "config.json")
-    found = config.get("quantization_config")
+    found = config.get("quantization_config", config.get(FORMER_KEY))
     if found is None and isinstance(config.get("text_config"), dict):
         found = config["text_config"].get("quantization_config")
     if found is None:
@@ -88,7 +89,9 @@ def _config_from_tensors(folder: Path) -> dict[str, Any] | None:
         names = list(_open(folder / SINGLE).keys())
     for wire in wires():
         if wire.describes_itself and (modules := wire.modules(names)):
-            return wire.describe(modules, CheckpointFiles(folder).tensor)
+            files = CheckpointFiles(folder)
+            present = set(files.names())
+            return wire.describe(modules, lambda name: files.tensor(name) if name in present else None)
     return None
 
 

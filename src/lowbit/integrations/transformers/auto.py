@@ -20,7 +20,7 @@ from lowbit.integrations.transformers import gguf
 from lowbit.integrations.transformers.methods import method_of
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
-from lowbit.wire.store import read_json, sidecar_config
+from lowbit.wire.store import FORMER_KEY, read_json, sidecar_config
 
 _METHOD = "lowbit"
 
@@ -173,10 +173,11 @@ _HUB_ARGUMENTS = (
 def _take_stored_config(config: PretrainedConfig, path: str) -> Any:
     """Remove the stored quantization config from a model's config and return it as an object, or None."""
     for holder in (config, config.get_text_config(decoder=True)):
-        data = getattr(holder, "quantization_config", None)
-        if data is not None:
-            del holder.quantization_config
-            return _as_object(data) if isinstance(data, dict) else data
+        for key in ("quantization_config", FORMER_KEY):
+            data = getattr(holder, key, None)
+            if data is not None:
+                delattr(holder, key)
+                return _as_object(data) if isinstance(data, dict) else data
     sidecar = sidecar_config(Path(path)) if Path(path).is_dir() else None
     if sidecar is None:
         return None
@@ -200,7 +201,7 @@ def _combine(stored: Any, requested: Any) -> _Carried | None:
             stored.use_exllama = requested.use_exllama
         default = _defaults(requested)
         for name in method_of(stored).loading:
-            if getattr(requested, name) != default[name]:
+            if getattr(requested, name) != default.get(name):
                 setattr(stored, name, getattr(requested, name))
     return _Carried(stored, pre_quantized=True)
 

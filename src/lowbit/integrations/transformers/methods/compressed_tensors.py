@@ -217,4 +217,5 @@ METHOD = Method(
     recipe,
     prepare=prepare,
     not_stored=frozenset({"quantization_status", "global_compression_ratio", "format"}),
+    loading=frozenset({"dequantize", "use_optimized_inference"}),
 )
