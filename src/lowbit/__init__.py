@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowbit.core import IntCode, Kept, Plan, QuantSpec, QuantTensor
     from lowbit.errors import FormatError, KernelUnavailable, LowbitError, PlanError, SpecError
+    from lowbit.integrations.checkpoint import open_checkpoint
     from lowbit.integrations.transformers import (
         AqlmConfig,
         AutoConfig,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
-    from lowbit.wire import Checkpoint, open_checkpoint
+    from lowbit.wire import Checkpoint
 
 __version__ = "0.1.0"
 
@@ -50,7 +51,8 @@ _HOMES = {
         "register",
         "unregister",
     ),
-    "lowbit.wire": ("Checkpoint", "open_checkpoint"),
+    "lowbit.integrations.checkpoint": ("open_checkpoint",),
+    "lowbit.wire": ("Checkpoint",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

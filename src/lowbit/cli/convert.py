@@ -67,7 +67,7 @@ def parse_size(text: str) -> int:
 
 
 def _open(folder: Path) -> Any:
-    from lowbit.wire import open_checkpoint
+    from lowbit.integrations.checkpoint import open_checkpoint
     from lowbit.wire.store import quantization_config
 
     if quantization_config(folder) is None:

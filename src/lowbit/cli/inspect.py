@@ -33,7 +33,7 @@ def describe(folder: Path) -> tuple[dict[str, Any], Plan]:
     Raises:
         FormatError: the files are damaged or in a format that no wire reads.
     """
-    from lowbit.wire import open_checkpoint
+    from lowbit.integrations.checkpoint import open_checkpoint
     from lowbit.wire.store import quantization_config
 
     if quantization_config(folder) is None:

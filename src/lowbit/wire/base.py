@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ class Wire(abc.ABC, Generic[Settings]):
         marker: the suffix whose presence says that a module is quantized.
         activation_scales: endings of tensors by which the outputs of an activation are divided.
         needs_shapes: whether :meth:`read` depends on :meth:`with_shapes`.
+        describes_itself: whether the tensors say everything, so that :meth:`describe` can do without a config.
         kept: endings of tensors that no module has, and that are saved again as they were.
 
     Three methods serve conversion: :meth:`settings_for` and :meth:`spelling` say how another format's weight would be
@@ -45,6 +46,7 @@ class Wire(abc.ABC, Generic[Settings]):
     marker: ClassVar[str]
     activation_scales: ClassVar[tuple[str, ...]] = ()
     needs_shapes: ClassVar[bool] = False
+    describes_itself: ClassVar[bool] = False
     kept: ClassVar[tuple[str, ...]] = ()
 
     def detect(self, config: Json) -> bool:
@@ -67,6 +69,18 @@ class Wire(abc.ABC, Generic[Settings]):
     @abc.abstractmethod
     def config(self, settings: Settings) -> dict[str, Any]:
         """The ``quantization_config`` that the original library would write."""
+
+    def describe(self, modules: Sequence[str], read: Callable[[str], Tensor | None]) -> dict[str, Any]:
+        """The ``quantization_config`` of files that have none, where the format `describes_itself`.
+
+        Args:
+            modules: those whose weights are packed.
+            read: gives a tensor by its full name, None where there is none.
+
+        Raises:
+            FormatError: the format's tensors don't say it.
+        """
+        raise FormatError(f"the tensors of '{self.name}' don't say how they are quantized", found=list(modules)[:1])
 
     def bind(self, settings: Settings, metadata: Mapping[str, str]) -> Settings:
         """The settings completed by what the headers of the weights' files say (their ``__metadata__``, merged)."""

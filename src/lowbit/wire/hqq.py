@@ -23,7 +23,7 @@ their own, ``meta_scale.*`` and ``meta_zero.*``; they are read into plain ones, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
@@ -123,6 +123,7 @@ class HqqWire(Wire[HqqSettings]):
         "zero_q",
     )
     marker: ClassVar[str] = "W_q"
+    describes_itself: ClassVar[bool] = True
 
     def parse(self, config: Json) -> HqqSettings:
         stored = config.get("quant_config", config)
@@ -148,6 +149,19 @@ class HqqWire(Wire[HqqSettings]):
             "quant_method": "hqq",
             "skip_modules": list(settings.skip),
         }
+
+    def describe(self, modules: Sequence[str], read: Callable[[str], Tensor | None]) -> dict[str, Any]:
+        settings = {}
+        for module in modules:
+            found = {name: read(f"{module}.{name}") for name in (*_META, "view_as_float")}
+            try:
+                meta = read_meta({name: tensor for name, tensor in found.items() if tensor is not None})
+            except FormatError as error:
+                raise error.inside(module) from error
+            settings[module] = HqqSettings(
+                meta.nbits, meta.size, meta.axis, meta.view_as_float, round_zero=meta.nbits == 4
+            )
+        return self.config(self.join(settings, ()))
 
     def of(self, settings: HqqSettings, module: str) -> HqqSettings:
         # A weight that is packed though no tag names it says everything itself.

@@ -50,7 +50,7 @@ TYPES: Final = {
 NONE: Final = "none"
 _NAMES: Final = {qtype: name for name, qtype in TYPES.items()}
 _OF_ACTIVATIONS: Final = ("int8", "float8", "float8_e5m2")
-_CODES: Final = {
+_CODES: Final[dict[str, IntCode | FloatCode]] = {
     "qint2": IntCode(2),
     "qint4": IntCode(4),
     "qint8": IntCode(8, signed=True),

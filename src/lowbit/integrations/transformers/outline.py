@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 
-from lowbit.nn.swap import is_conv1d, is_linear
+from lowbit.nn.swap import is_conv1d, is_linear, linear_shape
 
 _CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModel")
 
@@ -21,11 +21,13 @@ class Outline:
     Attributes:
         transposed: those that store their weight as ``[in, out]`` (GPT-2's `Conv1D`).
         prefix: of the base model, which files may leave out.
+        shapes: ``(out, in)`` of the linear layers, with and without the prefix.
     """
 
     linears: frozenset[str] | None = None
     transposed: frozenset[str] = frozenset()
     prefix: str = ""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def kept(self, packed: Collection[str], dense: Collection[str]) -> list[str]:
         """The linear layers that are not packed, as the checkpoint's files name them; tied heads, which they don't."""
@@ -57,5 +59,7 @@ def outline(folder: Path) -> Outline:
             continue
         linears = {name: module for name, module in model.named_modules() if is_linear(module)}
         transposed = frozenset(name for name, module in linears.items() if is_conv1d(module))
-        return Outline(frozenset(linears), transposed, model.base_model_prefix)
+        prefix, found = model.base_model_prefix, {name: linear_shape(module) for name, module in linears.items()}
+        shapes = {name.removeprefix(f"{prefix}."): shape for name, shape in found.items()} | found
+        return Outline(frozenset(linears), transposed, prefix, shapes)
     return Outline()

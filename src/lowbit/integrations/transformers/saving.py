@@ -38,7 +38,10 @@ class SavePretrained:
                 quantizer.folder = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        return SavePretrained(copy.deepcopy(self._model(), memo))
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model that was to be saved is gone")
+        return SavePretrained(copy.deepcopy(model, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SavePretrained, (self._model(),)
