@@ -87,12 +87,12 @@ def _config_from_tensors(folder: Path) -> dict[str, Any] | None:
         names = list(read_json(folder / INDEX).get("weight_map") or ())
     elif (folder / SINGLE).is_file():
         names = list(_open(folder / SINGLE).keys())
-    for wire in wires():
-        if wire.describes_itself and (modules := wire.modules(names)):
-            files = CheckpointFiles(folder)
-            present = set(files.names())
-            return wire.describe(modules, lambda name: files.tensor(name) if name in present else None)
-    return None
+    wire = next((wire for wire in wires() if wire.describes_itself and wire.modules(names)), None)
+    if wire is None:
+        return None
+    files = CheckpointFiles(folder)
+    present = set(files.names())
+    return wire.describe(wire.modules(names), lambda name: files.tensor(name) if name in present else None)
 
 
 class CheckpointFiles:
