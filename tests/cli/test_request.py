@@ -13,9 +13,9 @@ from lowbit.errors import PlanError
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"method": "nf4", "format": "gptq"}, "nf4 is stored in bitsandbytes' format, not in gptq"),
-        ({"method": "int8", "format": "awq"}, "int8 is stored in bitsandbytes' format, not in awq"),
-        ({"method": "rtn", "format": "bitsandbytes"}, "write rtn as gptq or awq"),
+        ({"method": "nf4", "format": "gptq"}, "nf4 is written as bitsandbytes, not as gptq"),
+        ({"method": "int8", "format": "awq"}, "int8 is written as bitsandbytes, not as awq"),
+        ({"method": "rtn", "format": "bitsandbytes"}, "rtn is written as gptq or awq or .* not as bitsandbytes"),
         ({"method": "nf4", "bits": 3}, "nf4 has 4 bits, not 3"),
         ({"method": "int8", "bits": 4}, "int8 has 8 bits, not 4"),
         ({"method": "rtn", "bits": 5}, "gptq has 2 or 3 or 4 or 8 bits, not 5"),
@@ -29,6 +29,15 @@ from lowbit.errors import PlanError
         ({"method": "int8", "symmetric": False}, "int8 is symmetric"),
         ({"method": "rtn", "double_quant": True}, "--double-quant is for nf4 and fp4, not for rtn"),
         ({"method": "int8", "double_quant": True}, "--double-quant is for nf4 and fp4, not for int8"),
+        ({"method": "fp8", "format": "gptq"}, "fp8 is written as fbgemm_fp8 or .* not as gptq"),
+        ({"method": "fp8", "bits": 4}, "fp8 has 8 bits, not 4"),
+        ({"method": "hqq", "format": "awq"}, "hqq is written as hqq, not as awq"),
+        ({"method": "hqq", "bits": 5}, "hqq has 1 or 2 or 3 or 4 or 8 bits, not 5"),
+        ({"method": "hqq", "symmetric": True}, "hqq is asymmetric"),
+        ({"method": "rtn", "format": "eetq", "group_size": 128}, "no group size"),
+        ({"method": "rtn", "format": "quanto", "bits": 3}, "quanto has 2 or 4 or 8 bits, not 3"),
+        ({"method": "rtn", "format": "quanto", "bits": 8, "symmetric": False}, "quanto is symmetric"),
+        ({"method": "rtn", "format": "torchao", "bits": 4, "group_size": 48}, "groups of 32 or 64 or 128 or 256"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], reason: str) -> None:
@@ -50,6 +59,15 @@ def test_contradictions_are_refused(options: dict[str, Any], reason: str) -> Non
         ({"method": "nf4", "compute_dtype": "bfloat16"}, {"bnb_4bit_compute_dtype": "bfloat16"}),
         ({"method": "nf4", "bits": 4, "group_size": 64, "format": "bitsandbytes"}, {"load_in_4bit": True}),
         ({"method": "int8", "symmetric": True, "skip": ("a", "b")}, {"llm_int8_skip_modules": ["a", "b"]}),
+        ({"method": "hqq", "bits": 3}, {"quant_method": "hqq", "skip_modules": ["lm_head"]}),
+        ({"method": "fp8", "skip": ("a",)}, {"quant_method": "fbgemm_fp8", "modules_to_not_convert": ["a"]}),
+        ({"method": "fp8", "format": "compressed-tensors"}, {"quant_method": "compressed-tensors"}),
+        ({"method": "fp8", "format": "torchao"}, {"quant_method": "torchao"}),
+        ({"method": "fp8", "format": "quanto"}, {"quant_method": "quanto", "weights": "float8"}),
+        ({"method": "rtn", "format": "eetq"}, {"quant_method": "eetq", "weights": "int8"}),
+        ({"method": "rtn", "format": "quanto"}, {"weights": "int4"}),
+        ({"method": "rtn", "format": "compressed-tensors", "bits": 5}, {"ignore": ["lm_head"]}),
+        ({"method": "rtn", "format": "torchao"}, {"quant_method": "torchao"}),
     ],
 )
 def test_config(options: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -36,14 +36,19 @@ def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense checkpoint.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     method: Annotated[Method, typer.Option(help="rtn is round-to-nearest.")],
-    bits: Annotated[int | None, typer.Option(help="For rtn: 4 by default; gptq has 2, 3, 4 and 8, awq 4.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="For rtn: 128 by default; -1 for whole rows.")] = None,
+    bits: Annotated[int | None, typer.Option(help="For rtn and hqq: 4 by default.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="For rtn: 128 by default, for hqq 64; -1 for whole rows.")
+    ] = None,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="For rtn: asymmetric by default.")
     ] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 and fp4: quantize the scales too.")] = False,
     form: Annotated[
-        Format | None, typer.Option("--format", help="By default gptq for rtn, bitsandbytes for the others.")
+        Format | None,
+        typer.Option(
+            "--format", help="By default gptq for rtn, hqq for hqq, fbgemm_fp8 for fp8, bitsandbytes for the others."
+        ),
     ] = None,
     skip: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help=_SKIP_HELP)] = None,
     dtype: Annotated[DType, typer.Option(help="Of what stays dense; auto: as in SRC.")] = DType.auto,
