@@ -6,7 +6,8 @@ Usage: ``original_compressed_tensors.py FOLDER TASK...``
 stores (``stored.*``), the weight that it decompresses (``dense``), inputs and what its layer makes of them.
 ``decompress``: reads ``NAME.safetensors`` and ``NAME.json`` of ``written``, writes ``dense.safetensors`` by name.
 ``models``: reads the dense model in ``source`` and ``models.json`` (name -> config), writes a checkpoint for each.
-``load``: loads the checkpoints named in ``load.json`` with plain Transformers, writes weights and logits for each.
+``load``: loads the checkpoints named in ``load.json`` (name -> arguments of a config) with plain Transformers, writes
+weights and logits for each.
 """
 
 # ruff: noqa: E402 - the path is cleared before anything is imported
@@ -76,6 +77,9 @@ def quantize(model: torch.nn.Module, config: dict[str, Any], inputs: torch.Tenso
     parsed = QuantizationConfig.model_validate(config)
     apply_quantization_config(model, parsed, show_progress=False)
     for module in model.modules():
+        for name in ("k_scale", "v_scale"):  # of attention, whose cache is quantized
+            if hasattr(module, name):
+                getattr(module, name).data.fill_(0.01)
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or scheme.weights is None:
             continue
@@ -138,12 +142,13 @@ def models(folder: Path) -> None:
 def load(folder: Path) -> None:
     import transformers
 
-    for name in json.loads((folder / "load.json").read_text()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype="auto").eval()
+    for name, arguments in json.loads((folder / "load.json").read_text()).items():
+        config = {"quantization_config": transformers.CompressedTensorsConfig(**arguments)} if arguments else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype="auto", **config).eval()
         with torch.no_grad():
             logits = model(torch.arange(3, 13)[None]).logits
         dense = {key: value.contiguous() for key, value in model.state_dict().items() if key.endswith("proj.weight")}
-        save_file({"logits": logits, **dense}, folder / f"{name}.loaded.safetensors")
+        save_file({"logits": logits, **dense}, (folder / name).with_suffix(".loaded"))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+import lowbit
 from apart import require, run
 from lowbit.algorithms.minmax import MinMax
 from lowbit.core import QuantTensor, linear
 from lowbit.errors import PlanError
+from lowbit.nn import QuantLinear
 from lowbit.wire.compressed_tensors import PRESETS, CompressedTensorsWire
 
 require("compressed_tensors")
@@ -73,19 +77,75 @@ VARIANTS: dict[str, tuple[dict[str, Any], str, list[int]]] = {
 }
 
 
+MODELS: dict[str, dict[str, Any]] = {
+    "packed": {**config(integers(4)), "ignore": ["lm_head", r"re:.*layers\.1\.mlp\.down_proj$"]},
+    "fp8": {**config({}), "config_groups": {"FP8_DYNAMIC": ["Linear"]}, "ignore": ["lm_head"]},
+    "mixed": {
+        **config({}),
+        "config_groups": {
+            "first": {"targets": ["re:.*self_attn.*"], "weights": FP8, "input_activations": FP8},
+            "second": {"targets": ["Linear"], "weights": integers(3, "channel", True)},
+        },
+        "ignore": ["lm_head"],
+    },
+    "nvfp4": {**config({}), "config_groups": {"NVFP4": ["Linear"]}, "ignore": ["lm_head"]},
+    "cache": {
+        **config({}),
+        "config_groups": {"MXFP4A16": ["Linear"]},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        "ignore": ["lm_head"],
+    },
+}
+ON_THE_FLY: dict[str, dict[str, Any]] = {
+    "made_int4": {"config_groups": {"group_0": {"targets": ["Linear"], "weights": integers(4, symmetric=True)}}},
+    "made_int8": {"config_groups": {"W8A8": ["Linear"]}, "ignore": ["re:.*o_proj"]},
+    "made_mxfp8": {"config_groups": {"MXFP8": ["re:.*mlp.*"], "FP8_DYNAMIC": ["Linear"]}},
+}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the library stores of every variant; what lowbit writes of it again is decompressed in ``dense``."""
+    """What the library stores, and what it makes of what lowbit writes: two runs of it in all.
+
+    Per variant: ``NAME.safetensors``, and ``dense.safetensors`` with what it decompresses of lowbit's rewriting. Per
+    model: the folder NAME, for those that lowbit made as well, and ``NAME.loaded`` with the weights and logits of plain
+    Transformers.
+    """
     folder = tmp_path_factory.mktemp("compressed")
     (folder / "variants.json").write_text(json.dumps(VARIANTS))
-    run(SCRIPT, folder, "weights")
+    (folder / "models.json").write_text(json.dumps(MODELS))
+    # Transformers can't load a packed weight with zero points but to make it dense.
+    (folder / "load.json").write_text(
+        json.dumps({name: {"dequantize": True} if name == "packed" else {} for name in (*MODELS, *ON_THE_FLY)})
+    )
+    save_dense(folder / "source")
+    run(SCRIPT, folder, "weights", "models")
     (folder / "written").mkdir()
     for name in VARIANTS:
         settings, stored, _ = variant(folder, name)
         save_file(WIRE.write(settings, WIRE.read(settings, stored)), folder / "written" / f"{name}.safetensors")
         (folder / "written" / f"{name}.json").write_text(json.dumps(WIRE.config(settings)))
-    run(SCRIPT, folder, "decompress")
+    for name, arguments in ON_THE_FLY.items():
+        quantize(folder / "source", arguments).save_pretrained(folder / name)
+    run(SCRIPT, folder, "decompress", "load")
     return folder
+
+
+def save_dense(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=128, **sizes)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(torch.arange(3, 13)[None]).logits
+
+
+def quantize(folder: Path, arguments: dict[str, Any]) -> Any:
+    asked = lowbit.CompressedTensorsConfig(**arguments)
+    return lowbit.AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked, dtype="auto").eval()
 
 
 def variant(folder: Path, name: str) -> tuple[Any, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -164,3 +224,44 @@ def without_activations(folder: Path, name: str) -> tuple[Any, dict[str, torch.T
     scheme = replace(settings.scheme, inputs=None, outputs=None, format=settings.module_format)
     weight_alone = {key: value for key, value in stored.items() if key.startswith("weight")}
     return replace(settings, schemes=(scheme,)), weight_alone
+
+
+def load(folder: Path, name: str) -> Any:
+    caches = pytest.warns(UserWarning, match="scales for a quantized cache") if name == "cache" else nullcontext()
+    with caches:
+        return lowbit.AutoModelForCausalLM.from_pretrained(folder / name, dtype="auto").eval()
+
+
+def assert_same_model(model: Any, folder: Path, name: str) -> None:
+    theirs = load_file(folder / f"{name}.loaded")
+    logits = theirs.pop("logits")
+    assert len(theirs) == 14
+    for key, weight in theirs.items():
+        assert torch.equal(model.get_submodule(key.removesuffix(".weight")).weight, weight), key
+    if name == "cache":  # which the library rounds and lowbit doesn't
+        return
+    assert torch.equal(logits_of(model), logits)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_the_library_wrote_gives_its_logits_and_is_saved_to_its_bytes(
+    made: Path, name: str, tmp_path: Path
+) -> None:
+    model = load(made, name)
+    packed = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(packed) == (13 if name == "packed" else 14)
+    assert_same_model(model, made, name)
+    model.save_pretrained(tmp_path)
+    stored, saved = (load_file(path / "model.safetensors") for path in (made / name, tmp_path))
+    assert set(stored) == set(saved) and all(same(stored[key], saved[key]) for key in stored)
+    configs = [
+        json.loads((path / "config.json").read_text())["quantization_config"] for path in (made / name, tmp_path)
+    ]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("name", ON_THE_FLY)
+def test_plain_transformers_loads_what_lowbit_quantized(made: Path, name: str) -> None:
+    assert_same_model(load(made, name), made, name)
+    again = quantize(made / "source", ON_THE_FLY[name])
+    assert torch.equal(logits_of(load(made, name)), logits_of(again))
