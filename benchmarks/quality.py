@@ -3,7 +3,7 @@
     python benchmarks/quality.py MODEL TEXT [--seq-len 1024] [--windows N] [--device cuda] [--only NAME ...]
                                  [--output FILE]
 
-Perplexity is defined in :mod:`lowbit.bench.perplexity`; the model runs in fp32, so that what is measured is
+Perplexity is that of :mod:`lowbit.bench.perplexity`; the model runs in fp32, so that what is measured is
 the quantization and nothing else. Only the linear layers of the blocks are quantized. Besides the whole text, the
 figure over its first 96 windows is given, for comparisons with measurements that stop there.
 """

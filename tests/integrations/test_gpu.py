@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import formats
 import lowbit
 import tiny
 from lowbit.algorithms import int8_spec, quantize
@@ -62,6 +63,45 @@ def test_logits_agree_with_the_cpu(method: str, dtype: torch.dtype, small: Path,
     assert agree >= 0.85
     tokens = placed.generate(IDS.cuda(), max_new_tokens=8, do_sample=False, cache_implementation="static")
     assert tokens.shape[1] == IDS.shape[1] + 8
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_every_format_is_on_the_gpu_what_it_is_on_the_cpu(name: str, tmp_path: Path) -> None:
+    formats.make_dense(tmp_path / "dense")
+    formats.make_checkpoint(name, tmp_path / "dense", tmp_path / "cpu")
+    load = lowbit.AutoModelForCausalLM.from_pretrained
+    on_cpu = load(tmp_path / "cpu", dtype=torch.float32, device_map="cpu")
+    on_gpu = load(tmp_path / "cpu", dtype=torch.float32, device_map="cuda:0")
+    for (module, one), other in zip(on_cpu.named_modules(), on_gpu.modules(), strict=True):
+        if isinstance(one, QuantLinear):
+            assert torch.equal(one.dequantize(torch.float32), other.dequantize(torch.float32).cpu()), module
+    with torch.no_grad():
+        difference = (on_cpu(IDS).logits - on_gpu(IDS.cuda()).logits.cpu()).abs().max()
+    # Activations near the middle of two codes go either way; a step of fp8 is 6 percent.
+    rounds = any(m.spec.activation.kind != "none" for m in on_cpu.modules() if isinstance(m, QuantLinear))
+    assert difference < (0.5 if rounds else 0.02)
+    tokens = on_gpu.generate(IDS.cuda(), max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert tokens.shape[1] == IDS.shape[1] + 4
+    on_gpu.save_pretrained(tmp_path / "gpu")
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("cpu", "gpu"))
+    assert set(before) == set(after)
+    for part, tensor in before.items():
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), after[part].reshape(-1).view(torch.uint8)), part
+
+
+@pytest.mark.parametrize("name", [name for name in formats.CONFIGS if not name.startswith("hqq")])
+def test_what_is_quantized_on_the_gpu_is_what_is_quantized_on_the_cpu(name: str, tmp_path: Path) -> None:
+    formats.make_dense(tmp_path / "dense")
+    load = lowbit.AutoModelForCausalLM.from_pretrained
+    models = [
+        load(tmp_path / "dense", quantization_config=formats.CONFIGS[name](), dtype=torch.float32, device_map=place)
+        for place in ("cpu", "cuda:0")
+    ]
+    for one, other in zip(*(model.modules() for model in models), strict=True):
+        if isinstance(one, QuantLinear):
+            left, right = one.quant_tensor(), other.quant_tensor().to("cpu")
+            same = [(left.tensors[part] == right.tensors[part]).float().mean() for part in ("codes",)]
+            assert min(same) > 0.999  # sums and divisions may differ in the last bit there
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
