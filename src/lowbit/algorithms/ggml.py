@@ -50,7 +50,7 @@ class GgmlBlocks(Algorithm):
         if shape[1] % maker.elements:
             raise PlanError(f"{name} has blocks of {maker.elements} weights; a row of {shape[1]} isn't a multiple")
         step = max(1, _CHUNK // shape[1])
-        made = [_checked(maker.make(name, rows.float()), name) for rows in weight.split(step)]
+        made = [_made(name, maker, rows.float()) for rows in weight.split(step)]
         layout = spec.tensors(shape)
         tensors = {
             key: torch.cat([part[key] for part in made]).view(layout[key][0]) for key in made[0] if key != "table"
@@ -66,11 +66,12 @@ class Maker(NamedTuple):
     make: Callable[[str, Tensor], Parts]
 
 
-def _checked(parts: Parts, name: str) -> Parts:
-    for key in ("scales", "super_scales", "zeros", "super_zeros"):
-        numbers = parts.get(key)
-        if numbers is not None and numbers.is_floating_point() and not bool(torch.isfinite(numbers.float()).all()):
-            raise PlanError(f"the weight holds values that {name} can't: NaN, infinite, or too large for its scales")
+def _made(name: str, maker: Maker, rows: Tensor) -> Parts:
+    finite = maker.elements == 1 or bool(torch.isfinite(rows.abs().amax()))
+    parts = maker.make(name, rows) if finite else {}
+    numbers = [part for key, part in parts.items() if key != "codes" and part.is_floating_point()]
+    if not finite or not all(bool(torch.isfinite(part.float()).all()) for part in numbers):
+        raise PlanError(f"the weight holds values that {name} can't: NaN, infinite, or too large for its scales")
     return parts
 
 
