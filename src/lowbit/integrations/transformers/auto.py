@@ -82,8 +82,7 @@ class LowbitAutoModel:
         kwargs = gguf.split_arguments(config, kwargs)
         kwargs.setdefault("dtype", "float32")  # which llama.cpp and Transformers' own loader compute in
         carried = _Carried(gguf.stored_config(file, requested), pre_quantized=True)
-        model = cls._carry(carried, str(file.parent), *model_args, config=config, gguf_file=str(file), **kwargs)
-        return model.dequantize() if carried.inner.dequantize else model
+        return cls._carry(carried, str(file.parent), *model_args, config=config, gguf_file=str(file), **kwargs)
 
     @classmethod
     def _carry(cls, carried: _Carried, *args: Any, **kwargs: Any) -> Any:

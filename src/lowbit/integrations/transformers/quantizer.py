@@ -179,6 +179,8 @@ class LowbitQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected = ignored
 
     def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
+        if self.recipe.choose_for is not None:
+            self.recipe = replace(self.recipe, choose=self.recipe.choose_for(model))
         recipe = self.recipe
         keep = default_keep(model)
         if recipe.only_blocks:

@@ -30,6 +30,7 @@ class Recipe:
         dense_on_cpu: modules that a device map puts on the CPU or on disk stay dense, in fp32.
         choose: the spec of a module (by name, shape and dtype of its weight) that is quantized on the fly, or why it
             stays dense; None where the settings say it all.
+        choose_for: makes `choose` of the model, where it takes more than a module's name to choose.
         algorithms: the algorithm of a module, where not all have the same.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     only_blocks: bool = False
     dense_on_cpu: bool = False
     choose: Choose | None = None
+    choose_for: Callable[[Any], Choose] | None = None
     algorithms: Callable[[str], Algorithm] | None = None
 
     def algorithm_of(self, module: str) -> Algorithm:

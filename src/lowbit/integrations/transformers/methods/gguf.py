@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit.algorithms.ggml import MAKERS, GgmlBlocks
+from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.core import Kept, QuantSpec
-from lowbit.core.ggml import GGML_SPECS
 from lowbit.errors import FormatError, PlanError
-from lowbit.integrations.transformers.recipe import Method, Recipe
+from lowbit.integrations.transformers.recipe import Choose, Method, Recipe
 from lowbit.wire import wire_named
+from lowbit.wire.gguf.architectures import Architecture
+from lowbit.wire.gguf.codec import spec_of
+from lowbit.wire.gguf.metadata import facts_of
+from lowbit.wire.gguf.mixtures import Mixture, ModelFacts, fitting, is_quantized, mixture
+from lowbit.wire.gguf.names import architecture_for, to_gguf
+from lowbit.wire.gguf.types import GgmlType
 
 
 class GgufConfig(QuantizationConfigMixin):
@@ -64,23 +69,44 @@ def recipe(config: Any, data: Mapping[str, Any]) -> Recipe:
         settings=settings,
         algorithm=GgmlBlocks(),
         skip=tuple(data.get("modules_to_not_convert") or ()),
-        choose=partial(choose, settings.label),
+        choose_for=partial(choose_for, settings.label),
     )
 
 
-def choose(label: str | None, module: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantSpec | Kept:
-    """The type of one weight that is quantized on the fly.
+def choose_for(label: str | None, model: Any) -> Choose:
+    """How llama.cpp would choose the type of each weight of a model.
 
     Raises:
-        PlanError: no type is given, or one that there isn't.
+        PlanError: no type is given.
+        FormatError: there is no such type.
     """
-    del module, dtype
     if label is None:
-        raise PlanError("to quantize a dense model, give GgufConfig a type, such as Q4_K")
-    spec = GGML_SPECS.get(label)
-    if spec is None:
-        raise PlanError(f"there is no type '{label}' of GGUF; there are {', '.join(MAKERS)}")
-    return spec
+        raise PlanError("to quantize a dense model, give GgufConfig a type, such as Q4_K_M")
+    chosen, config = mixture(label), model.config.get_text_config(decoder=True).to_dict()
+    try:
+        row = architecture_for(config)
+    except FormatError:  # GGUF has no names for this model's weights: all get the type of most.
+        return partial(_one_type, chosen)
+    return partial(_as_in_files, chosen, row, facts_of(row, config))
+
+
+def _one_type(chosen: Mixture, module: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantSpec | Kept:
+    return _spec(fitting(chosen.base, shape[-1]))
+
+
+def _as_in_files(
+    chosen: Mixture, row: Architecture, facts: ModelFacts, module: str, shape: tuple[int, int], dtype: torch.dtype
+) -> QuantSpec | Kept:
+    found = to_gguf(row, f"{module}.weight")
+    if found is None:
+        return _one_type(chosen, module, shape, dtype)
+    name, expert = found
+    stacked = shape if expert is None else (facts.experts, *shape)
+    return _spec(chosen(name, stacked, facts)) if is_quantized(name, shape) else Kept("llama.cpp keeps it in fp32")
+
+
+def _spec(kind: GgmlType) -> QuantSpec | Kept:
+    return Kept(f"stored as {kind.name}") if kind.dense else spec_of(kind)
 
 
 METHOD = Method("gguf", GgufConfig, recipe, not_stored=frozenset({"gguf_file", "dequantize"}))
