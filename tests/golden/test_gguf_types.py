@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from apart import require, run
 from safetensors.torch import load_file, save_file
 
+from apart import require, run
 from lowbit.algorithms import GgmlBlocks
 from lowbit.core import BlockCode, QuantTensor
 from lowbit.core.blocks import block_scales
