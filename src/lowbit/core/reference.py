@@ -54,7 +54,7 @@ def dequantize(
 def decode_codes(
     spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], work: torch.dtype = torch.float32
 ) -> Tensor:
-    """Integers (uint8 or int8), table values (fp32), floats, sums of vectors (of the dtype `work`), or blocks (fp32)."""
+    """Integers (uint8 or int8), table values (fp32), floats, sums of vectors (in the dtype `work`), blocks (fp32)."""
     codes = tensors["codes"]
     if isinstance(spec.code, FloatCode):
         return codes

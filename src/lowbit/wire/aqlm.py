@@ -9,12 +9,12 @@
               ``[out/og, 1, 1, 1]``
 ============= ============================== ====================================================================
 
-``tile[o, i] = scales[o] * sum over c of codebooks[c, codes[o, i, c] mod 2**bits]``. The sum is rounded to the codebooks'
-dtype, and so is the product.
+``tile[o, i] = scales[o] * sum over c of codebooks[c, codes[o, i, c] mod 2**bits]``. The sum is rounded to the dtype of
+the codebooks, and so is the product.
 
-The first forward on a CPU of AQLM's own layer transposes 8-bit codes in place, and a model that is saved after it holds
-``[in/ig, out/og, codebooks]``. The number of scales tells; where ``out/og`` equals ``in/ig`` nothing does, and the codes
-are taken as they are.
+The first forward on a CPU of AQLM's own layer transposes 8-bit codes in place, and a model that is saved after that
+holds ``[in/ig, out/og, codebooks]``. The number of scales tells; where ``out/og`` equals ``in/ig`` nothing does, and
+the codes are taken as they are.
 """
 
 from __future__ import annotations
