@@ -32,7 +32,7 @@ def random_weight(settings: AqlmSettings, shape: tuple[int, int]) -> QuantTensor
     spec = QuantSpec(settings.code, Scale(torch.float16), Grouping(settings.out_group, 0), rounding="each")
     layout = spec.tensors(shape)
     tensors = {
-        "codes": torch.randint(-128, 128, layout["codes"][0]).to(layout["codes"][1]),
+        "codes": torch.randint(-128, 128, layout["codes"][0], dtype=layout["codes"][1]),
         "codebooks": (torch.randn(layout["codebooks"][0]) * 0.1).to(torch.float16),
         "scales": (torch.rand(layout["scales"][0]) + 0.5).to(torch.float16),
     }
