@@ -298,10 +298,11 @@ class QuantExperts(nn.Module):
                 specs |= {part: (spec, (projection.experts, *projection.part_shape)) for part, spec in parts.items()}
         return specs
 
-    def pack(self, projection: str, stacks: Mapping[str, QuantStack]) -> None:
-        """Put stacks, one per part, in the place of a dense projection."""
-        del self._parameters[projection]
-        for name in self.projections[projection].parts:
+    def pack(self, projection: Projection, stacks: Mapping[str, QuantStack]) -> None:
+        """Put stacks, one per part, in the place of a dense projection; its parts are as the caller wants them."""
+        del self._parameters[projection.name]
+        self.projections[projection.name] = projection
+        for name in projection.parts:
             self.add_module(name, stacks[name])
 
     def unpack(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -414,7 +415,7 @@ def quantize_experts(
     for stack, tensors in made.values():
         stack._place(tensors)
         stack.select_kernel()
-    experts.pack(parameter, {part: stack for part, (stack, _) in made.items()})
+    experts.pack(experts.projections[parameter], {part: stack for part, (stack, _) in made.items()})
 
 
 def stack_tensors(tensors: Sequence[QuantTensor]) -> tuple[QuantSpec, dict[str, Tensor]]:

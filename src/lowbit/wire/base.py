@@ -31,6 +31,8 @@ class Wire(abc.ABC, Generic[Settings]):
         quant_method: what ``quantization_config.quant_method`` calls the format.
         suffixes: the names that a weight's tensors have behind the module's name; all that may occur.
         marker: the suffix whose presence says that a module is quantized.
+        fused_suffixes: where experts that are stored fused and transposed (Llama 4) stay so in this format: what
+            follows the names of their parameters. The last one says that they are quantized.
         activation_scales: endings of tensors by which the outputs of an activation are divided.
         needs_shapes: whether :meth:`read` depends on :meth:`with_shapes`.
         describes_itself: whether the tensors say everything, so that :meth:`describe` can do without a config.
@@ -44,6 +46,7 @@ class Wire(abc.ABC, Generic[Settings]):
     quant_method: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     marker: ClassVar[str]
+    fused_suffixes: ClassVar[tuple[str, ...]] = ()
     activation_scales: ClassVar[tuple[str, ...]] = ()
     needs_shapes: ClassVar[bool] = False
     describes_itself: ClassVar[bool] = False
@@ -170,6 +173,22 @@ class Wire(abc.ABC, Generic[Settings]):
         Raises:
             FormatError: the format can't spell this spec.
         """
+
+    def read_fused(self, settings: Settings, name: str, tensors: Mapping[str, Tensor]) -> list[QuantTensor]:
+        """The experts in a parameter that the format keeps fused: one weight ``[out, in]`` each.
+
+        Args:
+            name: of the parameter, ``gate_up_proj`` or ``down_proj``.
+            tensors: by what follows the parameter's name, see :attr:`fused_suffixes`.
+
+        Raises:
+            FormatError: tensors are missing or disagree.
+        """
+        raise FormatError(f"'{self.name}' has no fused experts", tensor=name, found=sorted(tensors))
+
+    def write_fused(self, settings: Settings, name: str, experts: Sequence[QuantTensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`read_fused`, by what follows the parameter's name."""
+        raise FormatError(f"'{self.name}' has no fused experts", tensor=name, found=len(experts))
 
     def check_names(self, others: Collection[str]) -> None:
         """Look at the names of a checkpoint's tensors that belong to no packed weight.

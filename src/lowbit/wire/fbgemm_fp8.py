@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -51,6 +51,7 @@ class FbgemmFp8Wire(Wire[FbgemmFp8Settings]):
     quant_method: ClassVar[str] = "fbgemm_fp8"
     suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale_ub")
     marker: ClassVar[str] = "weight_scale"
+    fused_suffixes: ClassVar[tuple[str, ...]] = ("", "_scale")
 
     def parse(self, config: Json) -> FbgemmFp8Settings:
         bound = config.get("activation_scale_ub", 1200.0)
@@ -114,6 +115,14 @@ class FbgemmFp8Wire(Wire[FbgemmFp8Settings]):
         if reason := self.refusal(settings, tensor.spec, tensor.shape):
             raise FormatError(f"FBGEMM FP8 can't spell this weight: {reason}", found=tensor.spec)
         return {"weight": tensor.tensors["codes"], "weight_scale": tensor.tensors["scales"]}
+
+    def read_fused(self, settings: FbgemmFp8Settings, name: str, tensors: Mapping[str, Tensor]) -> list[QuantTensor]:
+        require_tensors(tensors, self.fused_suffixes)
+        return read_experts(self, settings, name, tensors[""], tensors["_scale"])
+
+    def write_fused(self, settings: FbgemmFp8Settings, name: str, experts: Sequence[QuantTensor]) -> dict[str, Tensor]:
+        written = write_experts(self, settings, name, list(experts))
+        return {suffix: written[f"{name}{suffix}"] for suffix in self.fused_suffixes}
 
     def refusal(self, settings: FbgemmFp8Settings, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         wanted = self._spec(settings, spec.dtype)

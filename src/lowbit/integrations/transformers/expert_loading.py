@@ -41,8 +41,10 @@ def hold_packed(quantizer: LowbitQuantizer, model: nn.Module, experts: StoredExp
     """Make room in a model on the meta device for the packed experts of its checkpoint."""
     for module, projections in experts.by_module():
         held = QuantExperts(model.get_submodule(module))
-        for name, parts in projections.items():
-            held.pack(name, {entry.stack.part: _empty_stack(quantizer, entry, dtype) for entry in parts})
+        for parts in projections.values():
+            held.pack(
+                parts[0].stack.projection, {entry.stack.part: _empty_stack(quantizer, entry, dtype) for entry in parts}
+            )
         model.set_submodule(module, held)
 
 
@@ -77,6 +79,9 @@ class ReadExperts(ConversionOps):
         stack, stored = model.get_submodule(name), self.hf_quantizer.stacks[name]
         if not isinstance(stack, QuantStack):
             raise FormatError("the checkpoint has packed experts where the model has none", tensor=name)
+        if stored.stack.fused:
+            values = {self.suffixes[pattern]: found[0] for pattern, found in input_dict.items()}
+            return self._read_fused(stack, stored, values, missing_keys)
         wire, recipe = self.hf_quantizer.recipe.wire, self.hf_quantizer.recipe
         # The loader collects the tensors of one suffix in the order of the experts that have it.
         collected = {self.suffixes[pattern]: iter(values) for pattern, values in input_dict.items()}
@@ -91,6 +96,17 @@ class ReadExperts(ConversionOps):
             tensors = stack.fill(weights)
         except FormatError as error:
             raise self.hf_quantizer.note(error if len(weights) < stack.experts else error.inside(name)) from error
+        return _place(stack, name, tensors, missing_keys)
+
+    def _read_fused(
+        self, stack: QuantStack, stored: StoredStack, values: dict[str, Tensor], missing_keys: Any
+    ) -> dict[str, Tensor]:
+        recipe, name = self.hf_quantizer.recipe, stored.stack.name
+        try:
+            weights = recipe.wire.read_fused(recipe.settings_of(stored.names[0]), stored.stack.part, values)
+            tensors = stack.fill(weights)
+        except FormatError as error:
+            raise self.hf_quantizer.note(error.inside(stored.stack.module)) from error
         return _place(stack, name, tensors, missing_keys)
 
 
@@ -115,7 +131,9 @@ def expert_converters(quantizer: LowbitQuantizer, experts: StoredExperts, base_p
     converters = []
     biased: dict[str, dict[str, str]] = {}
     for (part, _), stacks in alike.items():
-        patterns = stack_patterns(stacks, quantizer.recipe.wire.suffixes, base_prefix)
+        wire = quantizer.recipe.wire
+        suffixes = wire.fused_suffixes if stacks[0].fused else wire.suffixes
+        patterns = stack_patterns(stacks, suffixes, base_prefix)
         operation = ReadExperts(quantizer, patterns)
         converters.append(WeightConverter(list(patterns), f".{part}.{_ANCHOR}", [operation]))
         with_bias = [stack for stack in stacks if f"{stack.parameter}_bias" in experts.biases]
@@ -149,7 +167,7 @@ def quantize_experts(
         )
     except LowbitError as error:
         raise quantizer.note(type(error)(f"{name}: {error}")) from error
-    experts.pack(projection.name, {part: stack for part, (stack, _) in made.items()})
+    experts.pack(projection, {part: stack for part, (stack, _) in made.items()})
     experts._is_hf_initialized = True  # type: ignore[assignment]
     if missing_keys is not None:
         missing_keys.discard(name)
@@ -187,8 +205,13 @@ def write_experts(
             state.pop(f"{module}.{part}.{key}", None)
         stored = quantizer.stacks[f"{module}.{part}"]
         with on_host(stack):
+            weights = [stack.quant_tensor(expert) for expert in range(stack.experts)]
+            if stored.stack.fused:
+                tensors = recipe.wire.write_fused(recipe.settings_of(stored.names[0]), part, weights)
+                written.update({f"{module}.{part}{suffix}": tensor for suffix, tensor in tensors.items()})
+                continue
             for expert, name in enumerate(stored.stack.written):
-                tensors = recipe.wire.write(recipe.settings_of(stored.names[expert]), stack.quant_tensor(expert))
+                tensors = recipe.wire.write(recipe.settings_of(stored.names[expert]), weights[expert])
                 written.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
                 specs[name] = stack.spec, stack.shape
     for projection in experts.projections.values():

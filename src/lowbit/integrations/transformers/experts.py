@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from torch import nn
@@ -28,12 +28,14 @@ class ExpertStack:
         part: the matrix, as :class:`lowbit.nn.experts.QuantExperts` calls it.
         leaf: what files call it: expert 3 has ``<module>.3.<leaf>``.
         projection: the parameter of the dense module that holds it.
+        fused: files keep all experts in one, under the parameter's own name.
     """
 
     module: str
     part: str
     leaf: str
     projection: Projection
+    fused: bool = False
 
     @property
     def name(self) -> str:
@@ -46,6 +48,8 @@ class ExpertStack:
     @property
     def written(self) -> list[str]:
         """The modules that readers look for, before Transformers undoes the renamings of loading."""
+        if self.fused:
+            return [self.parameter]
         return [f"{self.module}.{number}.{self.leaf}" for number in range(self.projection.experts)]
 
 
@@ -56,19 +60,30 @@ class ExpertNames:
     whose checkpoints are fused have none; theirs are ``<experts>.<number>.gate_proj``, ``up_proj`` and ``down_proj``,
     as quantizing libraries call them that take the experts apart.
 
+    Args:
+        fused: whether the format keeps experts fused that the dense checkpoint has fused and transposed.
+
     Attributes:
-        stacks: by parameter, its parts in order.
+        apart: by parameter, its parts in order, each of which files hold one expert at a time.
+        fused: by parameter, what files hold in one.
         refused: parameters that can't be spelled one expert at a time, each with the reason.
     """
 
-    def __init__(self, model: nn.Module, mapping: Sequence[Any]) -> None:
-        self.stacks: dict[str, list[ExpertStack]] = {}
+    def __init__(self, model: nn.Module, mapping: Sequence[Any], *, fused: bool = False) -> None:
+        self._fused = fused
+        self.apart: dict[str, list[ExpertStack]] = {}
+        self.fused: dict[str, ExpertStack] = {}
         self.refused: dict[str, str] = {}
         self._slots: dict[tuple[str, str], ExpertStack] = {}
         mergers = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         for module, experts in model.named_modules():
             for projection in find_projections(experts).values():
-                self._add(module, projection, mergers)
+                biased = hasattr(experts, f"{projection.name}_bias")
+                self._add(module, projection, mergers, biased=biased)
+
+    def stacks(self, parameter: str) -> list[ExpertStack]:
+        """The stacks of a parameter in the layout that is written; none for anything else."""
+        return [self.fused[parameter]] if parameter in self.fused else self.apart.get(parameter, [])
 
     def locate(self, name: str) -> tuple[ExpertStack, int] | None:
         """The stack and the expert that a matrix in a file belongs to, given its name after Transformers' renamings."""
@@ -81,19 +96,24 @@ class ExpertNames:
 
     def as_stored(self) -> dict[str, StoredStack]:
         """All stacks by name, as if they had been read from files."""
-        stacks = [stack for parts in self.stacks.values() for stack in parts]
+        stacks = [stack for parameter in self.apart for stack in self.stacks(parameter)]
         return {stack.name: StoredStack(stack, dict(enumerate(stack.written))) for stack in stacks}
 
-    def _add(self, module: str, projection: Projection, mergers: list[WeightConverter]) -> None:
+    def _add(
+        self, module: str, projection: Projection, mergers: list[WeightConverter], *, biased: bool = False
+    ) -> None:
         parameter = f"{module}.{projection.name}"
         merger = next((entry for entry in mergers if merges_into(entry, parameter)), None)
         leaves = list(projection.parts) if merger is None else _leaves(merger, module, projection)
         if leaves is None:
             self.refused[parameter] = "files spread its experts in a way that lowbit can't write packed"
             return
-        self.stacks[parameter] = []
+        if self._fused and merger is None and projection.transposed and not (projection.interleaved or biased):
+            whole = replace(projection, parts=(projection.name,))
+            self.fused[parameter] = ExpertStack(module, projection.name, projection.name, whole, fused=True)
+        self.apart[parameter] = []
         for part, leaf in zip(projection.parts, leaves, strict=True):
-            self.stacks[parameter].append(ExpertStack(module, part, leaf, projection))
+            self.apart[parameter].append(ExpertStack(module, part, leaf, projection))
             for other in (leaf, part, _ALIASES[part]):
                 self._slots.setdefault((module, other), ExpertStack(module, part, other, projection))
 
@@ -185,6 +205,11 @@ class StoredExperts:
         entry.suffixes[number] = frozenset(suffixes)
         return True
 
+    def take_fused(self, renamed: str, stored: str, suffixes: Iterable[str]) -> None:
+        """Take a parameter in that the files hold fused, if it is one."""
+        if (stack := self._names.fused.get(renamed)) is not None:
+            self.stacks[stack.name] = StoredStack(stack, {0: stored}, {0: frozenset(suffixes)})
+
     def take_bias(self, renamed: str) -> str | None:
         """The parameter to which a bias of one expert belongs, or None where it is none."""
         found = self._names.locate(renamed.removesuffix(".bias")) if renamed.endswith(".bias") else None
@@ -202,7 +227,7 @@ class StoredExperts:
             FormatError: names what is missing.
         """
         for parameter in sorted(self.parameters):
-            stacks = self._names.stacks[parameter]
+            stacks = [] if self._is_fused(parameter) else self._names.apart[parameter]
             missing = [name for stack in stacks for name in self._missing(stack)]
             if missing:
                 total = len(stacks) * stacks[0].projection.experts
@@ -213,10 +238,13 @@ class StoredExperts:
                     expected=f"also {', '.join(missing[:_LISTED])}{' ...' if len(missing) > _LISTED else ''}",
                 )
         for parameter, counts in self.biases.items():
-            stacks = self._names.stacks[parameter.removesuffix("_bias")]
+            stacks = self._names.apart[parameter.removesuffix("_bias")]
             wanted = {stack.part: stack.projection.experts for stack in stacks}
             if counts != wanted:
                 raise FormatError("biases of experts are missing", tensor=parameter, found=counts, expected=wanted)
+
+    def _is_fused(self, parameter: str) -> bool:
+        return parameter in self.stacks and self.stacks[parameter].stack.fused
 
     def _missing(self, stack: ExpertStack) -> list[str]:
         """The matrices that are not there, as the files would call them."""
@@ -232,7 +260,8 @@ class StoredExperts:
         """Each experts module with its packed projections: the parts of each in order."""
         modules: dict[str, dict[str, list[StoredStack]]] = {}
         for parameter in sorted(self.parameters):
-            parts = [self.stacks[stack.name] for stack in self._names.stacks[parameter]]
+            apart = [stack.name for stack in self._names.apart[parameter]]
+            parts = [self.stacks[name] for name in ([parameter] if self._is_fused(parameter) else apart)]
             first = parts[0].stack
             modules.setdefault(first.module, {})[first.projection.name] = parts
         yield from modules.items()
@@ -256,4 +285,5 @@ def stack_patterns(stacks: Sequence[ExpertStack], suffixes: Iterable[str], base_
     escaped = [re.escape(shape).replace("0", r"\d") for shape in shapes]
     behind = "|".join(rf"(?<=^{shape})|(?<=\.{shape})" for shape in escaped)
     leaf = re.escape(stacks[0].leaf)
-    return {rf"(?:{behind})\.\d+\.{leaf}\.{re.escape(suffix)}$": suffix for suffix in suffixes}
+    before = rf"(?:{behind})\.{leaf}" if stacks[0].fused else rf"(?:{behind})\.\d+\.{leaf}\."
+    return {rf"{before}{re.escape(suffix)}$": suffix for suffix in suffixes}

@@ -95,8 +95,9 @@ class Inventory:
         owned = {f"{module}.{suffix}" for module in stored for suffix in self.wire.suffixes}
         others = [name for name in names if name not in owned]
         self.wire.check_names(others)
-        self.experts = StoredExperts(ExpertNames(self.model, mapping))
+        self.experts = StoredExperts(ExpertNames(self.model, mapping, fused=bool(self.wire.fused_suffixes)))
         self._present = set(names)
+        self._take_fused_experts(others)
         self._scale_activations([name for name in others if name.endswith(self.wire.activation_scales)])
         try:
             self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
@@ -150,6 +151,15 @@ class Inventory:
     def _take_expert(self, name: str, stored: str) -> bool:
         suffixes = [suffix for suffix in self.wire.suffixes if f"{stored}.{suffix}" in self._present]
         return any(self.experts.take(spelled, stored, suffixes) for spelled in self._with_and_without_prefix(name))
+
+    def _take_fused_experts(self, names: list[str]) -> None:
+        endings = self.wire.fused_suffixes
+        for name in names if endings else ():
+            if name.endswith(endings[-1]):
+                stored = name.removesuffix(endings[-1])
+                suffixes = [ending for ending in endings if f"{stored}{ending}" in self._present]
+                for spelled in self._with_and_without_prefix(self._rename(stored, [])):
+                    self.experts.take_fused(spelled, stored, suffixes)
 
     def _with_and_without_prefix(self, name: str) -> tuple[str, ...]:
         prefix = f"{self.model.base_model_prefix}."

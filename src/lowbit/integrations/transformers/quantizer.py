@@ -103,7 +103,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def expert_stacks(self, name: str) -> list[ExpertStack]:
         """The matrices in a fused parameter of a dense model's experts; none for anything else."""
-        return [] if self._expert_names is None else self._expert_names.stacks.get(name, [])
+        return [] if self._expert_names is None else self._expert_names.stacks(name)
 
     def _fate(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> QuantSpec | Kept:
         recipe = self.recipe
@@ -187,7 +187,8 @@ class LowbitQuantizer(HfQuantizer):
             keep |= _outside_blocks(model)
         if recipe.dense_on_cpu:
             keep |= _dense_on_cpu(model, device_map)
-        self._expert_names = ExpertNames(model, get_model_conversion_mapping(model))
+        mapping = get_model_conversion_mapping(model)
+        self._expert_names = ExpertNames(model, mapping, fused=bool(recipe.wire.fused_suffixes))
         self.stacks = self._expert_names.as_stored()
         self.plan = plan_model(
             model,
