@@ -19,7 +19,7 @@ from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_metadata, 
 from lowbit.wire.gguf.architectures import Architecture
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
 from lowbit.wire.gguf.codec import spec_of, write_blocks
-from lowbit.wire.gguf.config import heads_of
+from lowbit.wire.gguf.config import TOKENS, heads_of
 from lowbit.wire.gguf.metadata import facts_of, metadata_of
 from lowbit.wire.gguf.mixtures import Mixture, is_quantized, mixture
 from lowbit.wire.gguf.names import Rows, architecture_for, to_gguf
@@ -33,6 +33,7 @@ Read = Callable[[], "Tensor | QuantTensor"]
 
 # Tensors that some checkpoints hold and no model reads.
 _IGNORED: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".self_attention.maskedbias")
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _PREFIXES: Final = ("", "transformer.", "model.")
 
 
@@ -108,6 +109,8 @@ def write_gguf_model(
     opened = open_source(source)
     data = opened.config.to_dict()
     row = architecture_for(data)
+    # Some configurations have names of the family's beside their own, which only they resolve.
+    data |= {name: getattr(opened.config, name, None) for name in row.config.values()}
     chosen = None if type_name is None else mixture(type_name)
     planned = _plan(row, opened, data, chosen)
     metadata, extra = _metadata(row, opened, data, chosen)
@@ -144,10 +147,9 @@ def open_source(source: str | Path | Checkpoint) -> Source:
 
 def _from_folder(files: CheckpointFiles, checkpoint: Checkpoint | None) -> Source:
     config = transformers.AutoConfig.from_pretrained(files.folder)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder)
-    except (OSError, ValueError, KeyError, ImportError):
-        tokenizer = None
+    # Without any of these Transformers makes an empty tokenizer of the model's kind.
+    has_tokenizer = any((files.folder / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder) if has_tokenizer else None
     return Source(config, tokenizer, _weights(files, checkpoint), files.folder.name)
 
 
@@ -245,8 +247,14 @@ def _metadata(
     if chosen is not None:
         metadata["general.file_type"] = chosen.file_type
     if source.tokenizer is None:
-        return {**metadata, "tokenizer.ggml.model": "no_vocab"}, tensors
+        return {**metadata, "tokenizer.ggml.model": "no_vocab", **_token_ids(config)}, tensors
     return {**metadata, **tokenizer_metadata(source.tokenizer, int(config["vocab_size"]))}, tensors
+
+
+def _token_ids(config: Mapping[str, Any]) -> dict[str, int]:
+    found = {key: config.get(name) for name, key in TOKENS.items()}
+    first = {key: value[0] if isinstance(value, list) and value else value for key, value in found.items()}
+    return {key: value for key, value in first.items() if type(value) is int}
 
 
 def _bytes_of(row: Architecture, rows: Rows, name: str, plan: _Planned, requantize: bool) -> Tensor:

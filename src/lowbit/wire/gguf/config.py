@@ -18,7 +18,7 @@ from lowbit.wire.gguf.names import ROPE_TENSORS, blocks_of, find_architecture
 _LIMIT: Final = 1 << 31
 _FP32_LIMIT: Final = 3.4e38
 _REQUIRED: Final = ("block_count", "embedding_length", "attention.head_count")
-_TOKENS: Final = {
+TOKENS: Final = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
@@ -59,7 +59,7 @@ def config_of(file: Source) -> dict[str, Any]:
     config |= {name: tensor in file.tensors for name, tensor in row.flags.items()}
     config["vocab_size"] = _vocabulary(file)
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    config |= {name: _token(file.metadata, key, config["vocab_size"]) for name, key in _TOKENS.items()}
+    config |= {name: _token(file.metadata, key, config["vocab_size"]) for name, key in TOKENS.items()}
     _complete(row, file, config)
     return config
 
@@ -154,10 +154,13 @@ def _complete(row: Architecture, file: Source, config: dict[str, Any]) -> None:
         config["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in file.tensors
     if "head_dim" in row.config.values():
         config.setdefault("head_dim", _number(file.metadata, row, "rope.dimension_count") or head_dim_of(config))
+    if config.get("sliding_window") == 0:
+        config["sliding_window"] = None  # Phi-3 without a window
     if row.name in _PATTERNS:
         _complete_gemma(row, config)
     if row.rotary:
-        rope = {"rope_theta": config.pop("rope_theta", 10000.0), **_rope(row, file, config)}
+        rope = {"rope_theta": config.get("rope_theta", 10000.0), **_rope(row, file, config)}
+        config.pop("rope_theta", None)
         if row.name == "gemma3":
             local = {"rope_type": "default", "rope_theta": _number(file.metadata, row, "rope.freq_base_swa") or 10000.0}
             config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
