@@ -92,7 +92,7 @@ class AwqWire(Wire[AwqSettings]):
         bits_name = "w_bit" if "w_bit" in config and "bits" not in config else "bits"
         field(config, bits_name, int, BITS, allowed=(BITS,))
         spelled = config.get("version") or config.get("format") or "gemm"
-        version = spelled.lower() if isinstance(spelled, str) else spelled
+        version = spelled.lower() if isinstance(spelled, str) else ""
         if version not in _VERSIONS:
             raise FormatError("unknown AWQ version", found=repr(spelled)[:80], expected=sorted(_VERSIONS))
         return AwqSettings(

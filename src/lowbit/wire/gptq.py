@@ -95,7 +95,7 @@ class GptqWire(Wire[GptqSettings]):
 
     def parse(self, config: Json) -> GptqSettings:
         spelled = _format_of(config)
-        if spelled not in _VERSIONS:
+        if not isinstance(spelled, str) or spelled not in _VERSIONS:
             raise FormatError("unknown GPTQ checkpoint format", found=repr(spelled)[:80], expected=sorted(_VERSIONS))
         settings = GptqSettings(
             bits=field(config, "bits", int, allowed=BITS),
