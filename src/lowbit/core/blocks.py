@@ -90,14 +90,19 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.reshape(-1).to(torch.int32)).view(*index.shape, table.shape[1])
 
 
+def _aligned(stored: Tensor) -> Tensor:
+    """A copy: a slice of blocks may begin at any byte, and words can't."""
+    return stored.clone(memory_format=torch.contiguous_format)
+
+
 def _half(stored: Tensor) -> Tensor:
     """Two bytes per block as the fp16 number that they are: ``[n, 2] -> [n, 1]``."""
-    return stored.contiguous().view(torch.float16)
+    return _aligned(stored).view(torch.float16)
 
 
 def _words(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes as little-endian words, in int32 (a 32-bit word's top bit becomes its sign)."""
-    words = stored.contiguous().view(dtype).to(torch.int32)
+    words = _aligned(stored).view(dtype).to(torch.int32)
     return words & 0xFFFF if dtype == torch.int16 else words
 
 

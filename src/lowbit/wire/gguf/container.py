@@ -19,7 +19,16 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.wire.gguf.types import DTYPES, GONE, GgmlType
-from lowbit.wire.gguf.values import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, SCALARS, VERSIONS, WIDTHS, ValueType
+from lowbit.wire.gguf.values import (
+    ALIGNMENT_KEY,
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    MAX_ALIGNMENT,
+    SCALARS,
+    VERSIONS,
+    WIDTHS,
+    ValueType,
+)
 
 _LFS: Final = b"version https://git-lfs"
 _HEADER: Final = 24  # magic, version, two counts
@@ -27,10 +36,10 @@ _SMALLEST_PAIR: Final = 8 + 1 + 4 + 1
 _SMALLEST_TENSOR: Final = 8 + 1 + 4 + 8 + 4 + 8
 _MAX_DIMS: Final = 4
 _MAX_NAME: Final = 1 << 16
-_MAX_ALIGNMENT: Final = 1 << 20
 _MAX_DEPTH: Final = 4  # of arrays in arrays; none is known to be deeper than one
 # Python's objects are larger than the bytes they come from; the largest vocabularies have a few million entries.
 _MAX_VALUES: Final = 1 << 23
+_LENGTH: Final = struct.Struct("<Q")
 _PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -97,7 +106,8 @@ class GgufFile:
         return stored.view(info.rows, info.nbytes // info.rows) if info.rows else stored.view(0, 0)
 
     def dense(self, name: str) -> Tensor:
-        """A tensor of plain numbers (F32, F16, BF16, F64, integers) in its shape and dtype; a view of the mapping.
+        """A tensor of plain numbers (F32, F16, BF16, F64, integers) in its shape and dtype; a view of the mapping
+        where the file's alignment allows it.
 
         Raises:
             FormatError: the tensor is quantized.
@@ -107,7 +117,9 @@ class GgufFile:
             raise FormatError(
                 "the tensor is quantized", file=str(self.path), tensor=name, found=info.type.name, expected="F32, F16.."
             )
-        return self.raw(name).view(DTYPES[info.type]).view(info.shape)
+        raw, dtype = self.raw(name), DTYPES[info.type]
+        aligned = raw if info.offset % dtype.itemsize == 0 else raw.clone()
+        return aligned.view(dtype).view(info.shape)
 
 
 class Gguf:
@@ -290,7 +302,7 @@ class _Header:
             raise FormatError("an array is longer than the rest of the file", found=count)
         self._cursor.spend(count)
         if kind is ValueType.STRING:
-            return [self._cursor.text("a string") for _ in range(count)], kind
+            return self._cursor.texts(count, "a string"), kind
         if kind is not ValueType.ARRAY:
             return self._numbers(kind, count), kind
         if depth == _MAX_DEPTH:
@@ -308,9 +320,9 @@ class _Header:
         stored = self.types.get(ALIGNMENT_KEY, (ValueType.UINT32,))
         if stored != (ValueType.UINT32,):
             raise FormatError("wrong type of a value", tensor=ALIGNMENT_KEY, found=stored[0].name, expected="UINT32")
-        if not 1 <= value <= _MAX_ALIGNMENT or value & (value - 1):
+        if not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
             raise FormatError(
-                "not an alignment", tensor=ALIGNMENT_KEY, found=value, expected=f"a power of two up to {_MAX_ALIGNMENT}"
+                "not an alignment", tensor=ALIGNMENT_KEY, found=value, expected=f"a power of two up to {MAX_ALIGNMENT}"
             )
         return int(value)
 
@@ -409,13 +421,31 @@ class _Cursor:
         return value
 
     def text(self, what: str, limit: int | None = None) -> str:
-        length = self.integer(f"the length of {what}", "Q")
-        if length > self.left or (limit is not None and length > limit):
-            raise FormatError(
-                f"{what} is too long", found=length, expected=f"at most {min(self.left, limit or self.left)}"
-            )
-        stored = self.take(length, what)
-        try:
-            return stored.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError(f"{what} is not UTF-8", found=stored[:40]) from error
+        (stored,) = self._strings(1, what, limit)
+        return _decoded(stored, what)
+
+    def texts(self, count: int, what: str) -> list[str]:
+        return [_decoded(stored, what) for stored in self._strings(count, what)]
+
+    def _strings(self, count: int, what: str, limit: int | None = None) -> list[bytes]:
+        """Strings behind their lengths; a plain loop, since vocabularies have hundreds of thousands of them."""
+        data, position, size = self._data, self.position, self.size
+        found = []
+        for _ in range(count):
+            start = position + _LENGTH.size
+            if start > size:
+                raise FormatError(f"the file ends within the length of {what}", found=f"{size - position} bytes")
+            position = start + _LENGTH.unpack_from(data, position)[0]
+            if position > size or (limit is not None and position - start > limit):
+                most = size - start if limit is None else min(limit, size - start)
+                raise FormatError(f"{what} is too long", found=position - start, expected=f"at most {most}")
+            found.append(data[start:position])
+        self.position = position
+        return found
+
+
+def _decoded(stored: bytes, what: str) -> str:
+    try:
+        return stored.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{what} is not UTF-8", found=stored[:40]) from error

@@ -14,6 +14,7 @@ MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 ALIGNMENT_KEY: Final = "general.alignment"
 DEFAULT_ALIGNMENT: Final = 32
+MAX_ALIGNMENT: Final = 1 << 20
 
 
 class ValueType(enum.IntEnum):

@@ -19,6 +19,7 @@ from lowbit.wire.gguf.values import (
     ALIGNMENT_KEY,
     DEFAULT_ALIGNMENT,
     MAGIC,
+    MAX_ALIGNMENT,
     SCALARS,
     VERSIONS,
     Typed,
@@ -133,8 +134,7 @@ def _write_part(
 
 
 def _write_file(file: IO[bytes], metadata: Mapping[str, Any], entries: list[Entry], version: int) -> None:
-    alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
-    alignment = alignment.value if isinstance(alignment, Typed) else alignment
+    alignment = _alignment(metadata)
     file.write(MAGIC + struct.pack("<IQQ", version, len(entries), len(metadata)))
     for key, value in metadata.items():
         file.write(_text(key))
@@ -148,6 +148,16 @@ def _write_file(file: IO[bytes], metadata: Mapping[str, Any], entries: list[Entr
     for entry in entries:
         _write_tensor(file, entry)
         _pad(file, alignment)
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    value = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+    kind, value = (value.kind, value.value) if isinstance(value, Typed) else (ValueType.UINT32, value)
+    if kind is not ValueType.UINT32 or type(value) is not int or not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
+        raise FormatError(
+            "not an alignment", tensor=ALIGNMENT_KEY, found=repr(value), expected="a power of two, UINT32"
+        )
+    return value
 
 
 def _table_entry(entry: Entry, offset: int) -> bytes:
