@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +68,20 @@ SPECS = (
 )
 
 
-@dataclass(frozen=True)
 class Sample:
     """A checkpoint in memory."""
 
-    wire: Wire[Any]
-    spec: QuantSpec
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
+    def __init__(
+        self,
+        wire: Wire[Any],
+        spec: QuantSpec,
+        config: dict[str, Any],
+        tensors: dict[str, Tensor],
+        metadata: dict[str, str],
+    ) -> None:
+        self.wire, self.spec, self.config, self.tensors, self.metadata = wire, spec, config, tensors, metadata
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.wire.name}: {self.spec}"
 
     def save(self, folder: Path) -> Path:
