@@ -385,8 +385,7 @@ class TorchAoWire(Wire[TorchAoSettings]):
     def spelling(self, settings: TorchAoSettings, spec: QuantSpec) -> QuantSpec:
         asymmetric = spec.zero is not None and settings.kind in (INT8, INTX)
         scale_dtype = spec.scale.dtype if settings.kind in (INT4, INTX) and spec.scale.dtype in FLOATS else None
-        grouping = spec.grouping if spec.grouping.rows in (0, 1) else Grouping.groups(spec.grouping.cols)
-        return self._spec(settings, grouping, spec.dtype, asymmetric, scale_dtype)
+        return self._spec(settings, spec.grouping, spec.dtype, asymmetric, scale_dtype)
 
     def join(self, settings: Mapping[str, TorchAoSettings], kept: Collection[str]) -> TorchAoSettings:
         first, *others = settings.values()
