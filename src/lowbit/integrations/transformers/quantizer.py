@@ -29,7 +29,12 @@ from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack, S
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
-from lowbit.integrations.transformers.saving import SavePretrained, write_side_files
+from lowbit.integrations.transformers.saving import (
+    SavePretrained,
+    dense_names_in_files,
+    names_in_files,
+    write_side_files,
+)
 from lowbit.integrations.transformers.tables import dequantize_tables, put_table
 from lowbit.nn import QuantExperts, QuantLinear, QuantStack, plan_model
 from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
@@ -55,6 +60,7 @@ class LowbitQuantizer(HfQuantizer):
         self.recipe = make_recipe(quantization_config)
         self.plan: Plan | None = None
         self.folder: Path | None = None  # where the model is being saved
+        self.original_names = True  # whether it is saved under the names that it was loaded from
         self.errors: list[LowbitError] = []
         self._converters: list[Any] = []
         self._expert_converters: list[Any] = []
@@ -289,6 +295,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, QuantExperts):
                 specs |= write_experts(self, name, module, state, written)
         others = list(state)
+        if self.original_names:
+            others, names = dense_names_in_files(model, state), names_in_files(model, specs)
+            specs = {names[name]: value for name, value in specs.items()}
         for name, layer in packed.items():
             with on_host(layer):
                 tensors = recipe.wire.write(recipe.settings_of(self.stored_name(name)), layer.quant_tensor())

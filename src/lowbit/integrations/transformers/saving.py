@@ -6,11 +6,13 @@ import copy
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 
 class SavePretrained:
@@ -31,11 +33,13 @@ class SavePretrained:
         quantizer = getattr(model, "hf_quantizer", None)
         if quantizer is not None and is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
             quantizer.folder = Path(save_directory)
+        if quantizer is not None:
+            quantizer.original_names = kwargs.get("save_original_format", True)
         try:
             return type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
         finally:
             if quantizer is not None:
-                quantizer.folder = None
+                quantizer.folder, quantizer.original_names = None, True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
         model = self._model()
@@ -45,6 +49,26 @@ class SavePretrained:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SavePretrained, (self._model(),)
+
+
+def names_in_files(model: Any, modules: Iterable[str]) -> dict[str, str]:
+    """What the files call packed modules, once Transformers has undone the renamings of loading."""
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    reversed_ones = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightRenaming)]
+    names: dict[str, str] = {}
+    for module in modules:
+        # Patterns may end at a name's boundary, which is where a tensor's own name follows.
+        name = f"{module}.weight"
+        for renaming in reversed_ones:
+            name = renaming.rename_source_key(name)[0]
+        names[module] = name.removesuffix(".weight")
+    return names
+
+
+def dense_names_in_files(model: Any, state: Mapping[str, Tensor]) -> list[str]:
+    """What the files call the tensors that stay dense; some are stored in pieces."""
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    return list(revert_weight_conversion(model, shapes))
 
 
 def write_side_files(folder: Path, files: Mapping[str, Any]) -> None:
