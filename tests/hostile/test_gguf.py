@@ -15,7 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import FormatError
-from lowbit.wire.gguf import Entry, GgmlType, Typed, ValueType, open_gguf, read_blocks, write_gguf
+from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowbit.wire.gguf import (
+    Entry,
+    GgmlType,
+    Gguf,
+    GgufFile,
+    Typed,
+    ValueType,
+    open_gguf,
+    read_blocks,
+    write_gguf,
+)
+from lowbit.wire.gguf.config import config_of
 
 U64 = 2**64 - 1
 
@@ -270,17 +282,11 @@ def split(folder: Path, **overrides: Any) -> list[Path]:
 
 
 def rewritten(path: Path, changes: dict[str, Any], drop: str = "", extra: str = "") -> None:
-    old = open_gguf_part(path)
+    old = GgufFile(path)
     metadata = {key: Typed(value, old.types[key][-1]) for key, value in old.metadata.items()} | changes
     metadata.pop(drop, None)
     names = [*old.tensors, *([extra] if extra else [])]
     write_gguf(path, metadata, [Entry(name, (2, 32), GgmlType.Q8_0, lambda: bytes(68)) for name in names])
-
-
-def open_gguf_part(path: Path) -> Any:
-    from lowbit.wire.gguf import GgufFile
-
-    return GgufFile(path)
 
 
 def test_inconsistent_splits(tmp_path: Path) -> None:
@@ -321,6 +327,71 @@ def test_missing_and_renamed_parts(tmp_path: Path) -> None:
     second.unlink()
     with pytest.raises(FormatError, match="missing"):
         open_gguf(first)
+
+
+LLAMA: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 64,
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 32,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["<s>", "a", "b", "ab"],
+    "tokenizer.ggml.token_type": [3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 0,
+}
+
+
+def llama(folder: Path, **changes: Any) -> Gguf:
+    """The metadata of a small model, with tensors enough for its configuration."""
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = ["token_embd.weight", *(f"blk.{layer}.{part}.weight" for layer in range(2) for part in parts)]
+    made = [Entry(name, (4, 32), GgmlType.F32, lambda: bytes(512)) for name in names]
+    write_gguf(folder / "m.gguf", LLAMA | changes, made)
+    return open_gguf(folder / "m.gguf")
+
+
+def test_the_configuration_that_the_others_are_made_from_is_valid(tmp_path: Path) -> None:
+    opened = llama(tmp_path)
+    assert config_of(opened)["num_hidden_layers"] == 2
+    assert tokenizer_of(opened.metadata)("ab").input_ids == [3]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 10**9), ("llama.block_count", 0), ("llama.block_count", 1), ("llama.block_count", "2"),
+        ("llama.embedding_length", 2**31), ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", -1), ("llama.attention.head_count_kv", 3),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("general.architecture", "nosuch"), ("general.architecture", 3), ("tokenizer.ggml.tokens", "text"),
+        ("tokenizer.ggml.bos_token_id", 10**6),
+    ],
+)  # fmt: skip
+def test_configurations_that_make_no_model(key: str, value: Any, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(FormatError):
+        config_of(llama(tmp_path, **{key: value}))
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", []), ("tokens", [1, 2, 3, 4]), ("tokens", "text"), ("tokens", ["a"]), ("token_type", [1]),
+        ("token_type", [1] * 5), ("token_type", ["a"] * 4), ("merges", [1]), ("merges", ["ab"]), ("merges", ["a c"]),
+        ("bos_token_id", 4), ("bos_token_id", "a"), ("model", "nosuch"),
+    ],
+)  # fmt: skip
+def test_vocabularies_that_make_no_tokenizer(name: str, value: Any, tmp_path: Path) -> None:
+    """Among them arrays of a length or of elements that aren't the expected."""
+    opened = llama(tmp_path, **{f"tokenizer.ggml.{name}": value})
+    with pytest.raises(FormatError):
+        tokenizer_of(opened.metadata)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
