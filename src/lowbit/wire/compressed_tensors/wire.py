@@ -140,7 +140,7 @@ class CompressedTensorsWire(Wire[CompressedTensorsSettings]):
             if config.get(key):
                 raise FormatError(f"{key} changes what the model computes, and lowbit doesn't do that", found=key)
         settings = CompressedTensorsSettings(
-            _parse_groups(config.get("config_groups") or {}),
+            _parse_groups(config.get("config_groups")),
             names_of(config.get("ignore") or (), "ignore"),
             spelled,
             parse_args(config.get("kv_cache_scheme"), "kv_cache_scheme"),
@@ -301,6 +301,8 @@ def flatten(config: Json) -> Json:
 
 
 def _parse_groups(groups: object) -> tuple[Scheme, ...]:
+    if groups is None:
+        return ()
     if not isinstance(groups, Mapping):
         raise FormatError("config_groups is not an object", found=repr(groups)[:80])
     return tuple(
