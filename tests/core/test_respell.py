@@ -28,7 +28,7 @@ from lowbit.core import (
     pack,
     table_spec,
 )
-from lowbit.core.respell import conditions, respell, simplest, why_not
+from lowbit.core.respell import conditions, respell, simplest, whole_zeros, why_not, without_zeros
 from lowbit.errors import SpecError
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -75,8 +75,14 @@ def assert_same_weight(left: QuantTensor, right: QuantTensor) -> None:
 
 def integers(bits: int, grouping: Grouping, zero: str | None, **more: Any) -> QuantSpec:
     dtype = more.pop("dtype", HALF)
-    zeros = {"integer": Zero("integer", bits), "float": Zero("float", dtype=dtype), None: None}[zero]
-    return QuantSpec(IntCode(bits, zero is None), Scale(dtype), grouping, zeros, dtype=dtype, **more)
+    kinds = {
+        "integer": Zero("integer", bits),
+        "float": Zero("float", dtype=dtype),
+        "additive": Zero("additive", dtype=dtype),
+        None: None,
+    }
+    signed = more.pop("signed", zero is None)
+    return QuantSpec(IntCode(bits, signed), Scale(dtype), grouping, kinds[zero], dtype=dtype, **more)
 
 
 @given(
@@ -243,6 +249,30 @@ def test_codes_that_do_not_fit() -> None:
         respell(before, integers(4, Grouping.per_channel(), "integer"))
 
 
+@given(st.integers(1, 8), st.booleans(), st.booleans(), st.integers(0, 3))
+def test_additive_zero_points_move_with_the_codes_where_they_can(bits: int, one: bool, two: bool, seed: int) -> None:
+    before = numbers(integers(bits, Grouping.groups(32), "additive", signed=one), (4, 64), seed)
+    target = integers(bits, Grouping.groups(32), "additive", signed=two)
+    moved = "float16 holds the zero points"
+    assert conditions(before.spec, target) == ((moved,) if one != two else ())
+    with contextlib.suppress(SpecError):
+        assert_same_weight(before, respell(before, target))
+
+
+def test_whole_zero_points_are_recognised() -> None:
+    whole = numbers(integers(4, Grouping.groups(32), "float", rounding="each"), (4, 64), 0)
+    assert simplest(whole) == whole_zeros(whole.spec) == integers(4, Grouping.groups(32), "integer")
+    assert_same_weight(whole, respell(whole, simplest(whole)))
+    whole.tensors["zeros"][0] += 0.5
+    assert simplest(whole) == whole.spec
+    whole.tensors["zeros"][0] = 16
+    assert simplest(whole) == whole.spec
+    rough = replace(whole.spec, scale=Scale(SINGLE))
+    assert whole_zeros(rough) == without_zeros(rough) == rough
+    table = table_spec("nf4")
+    assert whole_zeros(table) == without_zeros(table) == table
+
+
 def test_a_permutation_is_kept() -> None:
     spec = integer_spec(4, 16, permuted=True)
     before = numbers(spec, (4, 64), 0)
@@ -280,7 +310,7 @@ def test_two_level_scales_are_decoded_or_kept() -> None:
         (
             replace(int8_spec(), scale=Scale(SINGLE)),
             replace(int8_spec(), scale=Scale(SINGLE), activation=Activation()),
-            "of activations it says",
+            "it has int8 activations, outliers from 6, and there activations stay as they are",
         ),
         (
             QuantSpec(FloatCode(torch.float8_e4m3fn), Scale(SINGLE), Grouping.per_channel()),
@@ -316,7 +346,7 @@ def test_where_nothing_is_said_against_it_it_works(data: st.DataObject) -> None:
         integers,
         st.integers(1, 8),
         st.sampled_from([*GROUPINGS, Grouping.strided_groups(8)]),
-        st.sampled_from([None, "integer", "float"]),
+        st.sampled_from([None, "integer", "float", "additive"]),
         dtype=st.sampled_from([HALF, BRAIN, SINGLE]),
         rounding=st.sampled_from(["once", "each"]),
     )

@@ -18,7 +18,7 @@ from lowbit.core.packing import pack, sign_extend, unpack
 from lowbit.core.qtensor import QuantTensor
 from lowbit.core.reference import decode_scales, decode_zeros
 from lowbit.core.regroup import coarser, regroup, spread
-from lowbit.core.spec import IntCode, QuantSpec, TableCode, VectorCode
+from lowbit.core.spec import IntCode, QuantSpec, TableCode, VectorCode, Zero
 from lowbit.errors import SpecError
 
 
@@ -40,17 +40,44 @@ def respell(tensor: QuantTensor, target: QuantSpec) -> QuantTensor:
     return result
 
 
-def simplest(tensor: QuantTensor) -> QuantSpec:
-    """The spec without zero points where all of them are the middle of the range, else the tensor's own."""
-    spec = tensor.spec
+def without_zeros(spec: QuantSpec) -> QuantSpec:
+    """What unsigned integers with the middle of their range for every zero point mean, without zero points.
+
+    The same spec where its codes are no such integers, or are rounded otherwise.
+    """
     if spec.zero is None or spec.zero.kind == "additive" or not isinstance(spec.code, IntCode) or spec.code.signed:
-        return spec
-    zeros = decode_zeros(spec, tensor.tensors, tensor.shape)
-    if zeros is None or not bool((zeros == 1 << spec.bits - 1).all()):
         return spec
     if spec.rounding == "each" and spec.scale.dtype != spec.dtype:
         return spec  # The scales are rounded before anything else.
     return replace(spec, code=IntCode(spec.bits, signed=True), zero=None, rounding="once")
+
+
+def whole_zeros(spec: QuantSpec) -> QuantSpec:
+    """What unsigned integers with zero points in the codes' unit mean, where those are whole numbers of their range.
+
+    The same spec where its codes are no such integers, or are rounded otherwise.
+    """
+    if spec.zero is None or spec.zero.kind == "integer" or not isinstance(spec.code, IntCode) or spec.code.signed:
+        return spec
+    if spec.rounding == "each" and (spec.zero.kind == "additive" or spec.scale.dtype != spec.dtype):
+        return spec
+    return replace(spec, zero=Zero("integer", spec.bits), rounding="once")
+
+
+def simplest(tensor: QuantTensor) -> QuantSpec:
+    """The spec with as little said of zero points as their values need.
+
+    None, where all are the middle of the range; integers, where all are whole; else the tensor's own.
+    """
+    spec = tensor.spec
+    zeros = decode_zeros(spec, tensor.tensors, tensor.shape)
+    if zeros is None or spec.zero is None or spec.zero.kind == "additive":
+        return spec
+    if bool((zeros == 1 << spec.bits - 1).all()):
+        return without_zeros(spec)
+    if spec.zero.kind == "float" and bool((zeros == zeros.round()).all()) and _fits(zeros, 0, (1 << spec.bits) - 1):
+        return whole_zeros(spec)
+    return spec
 
 
 def why_not(source: QuantSpec, target: QuantSpec) -> str | None:
@@ -109,8 +136,13 @@ def _never(source: QuantSpec, target: QuantSpec) -> str | None:
     if source.grouping.permuted and target.grouping != source.grouping:
         return "its groups are not of neighbouring columns"
     if source.activation != target.activation:
-        return f"of activations it says '{source.activation}', not '{target.activation}'"
+        own, other = (_said_of_activations(spec) for spec in (source, target))
+        return f"{own}, and there {'in another way' if own == other else other}"
     return _never_rounds_alike(source, target)
+
+
+def _said_of_activations(spec: QuantSpec) -> str:
+    return "activations stay as they are" if spec.activation.kind == "none" else f"it has {spec.activation}"
 
 
 def _never_rounds_alike(source: QuantSpec, target: QuantSpec) -> str | None:
@@ -124,7 +156,7 @@ def _zero_conditions(source: QuantSpec, target: QuantSpec) -> list[str]:
     before, after = source.zero, target.zero
     found = []
     kinds = before.kind if before else None, after.kind if after else None
-    if ("float" in kinds and source.rounding != target.rounding) or (kinds[0] == "float" and kinds[1] != "float"):
+    if kinds[0] == "float" and (kinds[1] != "float" or source.rounding != target.rounding):
         found.append("the zero points are whole numbers")
     if kinds[0] == "additive" and kinds[1] != "additive":
         found.append("the zero points are whole multiples of the scales")
@@ -132,7 +164,8 @@ def _zero_conditions(source: QuantSpec, target: QuantSpec) -> list[str]:
         found.append("the zero points are the middle of the range")
     if after is not None and kinds[1] == "additive" and kinds[0] in ("integer", "float"):
         found.append(f"{dtypes.name_of(after.dtype)} holds scale times zero point")
-    if before and after and kinds[0] == kinds[1] != "integer" and not _holds(after.dtype, before.dtype):
+    moved = source.code != target.code and kinds == ("additive", "additive")
+    if before and after and kinds[0] == kinds[1] != "integer" and (moved or not _holds(after.dtype, before.dtype)):
         found.append(f"{dtypes.name_of(after.dtype)} holds the zero points")
     return found
 

@@ -306,10 +306,8 @@ def bits_for(spec: QuantSpec, allowed: Sequence[int]) -> int:
 
 
 def scale_dtype_for(spec: QuantSpec) -> torch.dtype:
-    """A dtype that holds the scales of another format's spec: its own, if it is not a small one."""
-    if spec.scale.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        return spec.scale.dtype
-    return torch.float16 if spec.scale.dtype == torch.float8_e4m3fn else torch.float32
+    """Of scales in formats whose other readers take 16 bits: bf16 where the scales are, else fp16."""
+    return torch.bfloat16 if spec.scale.dtype == torch.bfloat16 else torch.float16
 
 
 def as_words(packed: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
