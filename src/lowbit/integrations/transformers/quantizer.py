@@ -30,9 +30,9 @@ from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
 from lowbit.integrations.transformers.saving import (
-    SavePretrained,
     dense_names_in_files,
     names_in_files,
+    tell_folder,
     write_side_files,
 )
 from lowbit.integrations.transformers.tables import dequantize_tables, put_table
@@ -40,6 +40,7 @@ from lowbit.nn import QuantExperts, QuantLinear, QuantStack, plan_model
 from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
 from lowbit.nn.planning import default_keep
 from lowbit.nn.swap import dense_linear
+from lowbit.wire import Wire
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, LazyTensor
 
 TESTED = ("5.17", "6")
@@ -247,8 +248,10 @@ class LowbitQuantizer(HfQuantizer):
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
             return self._dequantize(model)
         self._describe_in_config()
-        if self.recipe.wire.side_files(self.recipe.settings, {}):
-            model.save_pretrained = SavePretrained(model)
+        wire = self.recipe.wire
+        if wire.side_files(self.recipe.settings, {}) or type(wire).metadata is not Wire.metadata:
+            # Beside the tensors this format names modules, and needs to know where and under which names they go.
+            tell_folder(model)
         return model
 
     def _forget_converters(self, model: Any) -> None:
