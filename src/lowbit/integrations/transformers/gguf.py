@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import transformers
+from torch import Tensor
+from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 from transformers.utils import cached_file
 
-from lowbit.errors import PlanError
+from lowbit.errors import FormatError, PlanError
 from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowbit.integrations.transformers.methods.gguf import GgufConfig
+from lowbit.wire.gguf.architectures import ARCHITECTURES
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
 from lowbit.wire.gguf.config import config_of
-from lowbit.wire.gguf.container import open_gguf
+from lowbit.wire.gguf.container import TensorInfo, open_gguf
+from lowbit.wire.gguf.names import ROPE_TENSORS
+from lowbit.wire.gguf.types import GgmlType
 
+_TOKENS: Final = "tokenizer.ggml.tokens"
 _HUB: Final = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -117,3 +123,50 @@ class AutoTokenizer(transformers.AutoTokenizer):  # type: ignore[misc]
         if file is None:
             return transformers.AutoTokenizer.from_pretrained(path, *args, **kwargs)
         return load_tokenizer(file)
+
+
+class _Outside:
+    """What Transformers' own reader knows of a file: no shapes, no tensors, and arrays of text as their lengths."""
+
+    def __init__(self, metadata: dict[str, Any], names: tuple[str, ...]) -> None:
+        self.metadata = {key: value for key, value in metadata.items() if key != _TOKENS}
+        architecture = metadata.get("general.architecture")
+        rows = metadata.get(_TOKENS) or metadata.get(f"{architecture}.vocab_size") or 0
+        # Where positions are scaled by tensors the quantizer refuses what can't be told from here.
+        self.tensors = {name: TensorInfo(name, (), GgmlType.F32, 0, 0) for name in names if name not in ROPE_TENSORS}
+        self.tensors["token_embd.weight"] = TensorInfo("token_embd.weight", (rows, 0), GgmlType.F32, 0, 0)
+
+    def dense(self, name: str) -> Tensor:
+        raise FormatError("the tensor can't be read from here", tensor=name)
+
+
+def _from_metadata(metadata: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return config_of(_Outside(metadata, names))
+
+
+def register() -> None:
+    """Let plain Transformers read the configurations of GGUF files as lowbit does; its own architectures stay."""
+    for row in ARCHITECTURES:
+        GGUF_CONFIG_ARCHS.setdefault(row.name, _from_metadata)
+
+
+def unregister() -> None:
+    """Take the architectures back."""
+    for row in ARCHITECTURES:
+        if GGUF_CONFIG_ARCHS.get(row.name) is _from_metadata:
+            del GGUF_CONFIG_ARCHS[row.name]
+
+
+def check_positions(files: GgufCheckpointFiles, config: Any) -> None:
+    """Refuse a model whose configuration was read without the tensors that scale its positions.
+
+    Raises:
+        PlanError: says how to load it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaled = any(name in files.file.tensors for name in ROPE_TENSORS)
+    if scaled and rope.get("rope_type") not in ("llama3", "longrope"):
+        raise PlanError(
+            f"'{files.path}' scales rotary positions by tensors, which Transformers' own configuration doesn't read; "
+            "load it with lowbit.AutoModelForCausalLM, or pass config=lowbit.AutoConfig.from_pretrained(...)"
+        )

@@ -26,6 +26,7 @@ from lowbit.integrations.transformers.expert_loading import (
     write_experts,
 )
 from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack, StoredStack
+from lowbit.integrations.transformers.gguf import check_positions
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
@@ -154,7 +155,9 @@ class LowbitQuantizer(HfQuantizer):
         """Make a packed layer of every module whose weight is packed in the files; check that nothing is missing."""
         if self.gguf_file is not None:
             checkpoint_files = [self.gguf_file]
-            if not GgufCheckpointFiles(self.gguf_file).types:
+            files = GgufCheckpointFiles(self.gguf_file)
+            check_positions(files, model.config)
+            if not files.types:
                 return
         inventory = Inventory(model, self.recipe.wire, checkpoint_files)
         inventory.check_complete()

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from transformers.quantizers import auto
 
+from lowbit.integrations.transformers import gguf
 from lowbit.integrations.transformers.methods import METHODS, add_method, remove_method
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
 from lowbit.integrations.transformers.recipe import Method, Recipe
@@ -28,10 +29,12 @@ def register() -> None:
             )
         auto.AUTO_QUANTIZER_MAPPING[method] = LowbitQuantizer
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config_class
+    gguf.register()
 
 
 def unregister() -> None:
     """Give Transformers its own quantizers back. Models that are loaded already keep working."""
+    gguf.unregister()
     while _originals:
         method, (quantizer, config_class) = _originals.popitem()
         _restore(auto.AUTO_QUANTIZER_MAPPING, method, quantizer)
