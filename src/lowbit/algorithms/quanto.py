@@ -88,4 +88,4 @@ def _as_kept(low: Tensor, scale: Tensor, spec: QuantSpec, size: int) -> Tensor:
     if spec.bits != 4 or spec.dtype != torch.bfloat16 or size != _TINYGEMM_GROUP:
         return low
     half = 8 * scale
-    return (low + half) - half
+    return -(half - (low + half))

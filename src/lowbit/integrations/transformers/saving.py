@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import os
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 
-class SavePretrained:
-    """Stands in for a model's own `save_pretrained` and tells the quantizer which folder is being written.
+def tell_folder(model: Any) -> None:
+    """Let a model's `save_pretrained` tell the quantizer where and how it writes.
 
-    Transformers asks a quantizer for tensors and metadata, but never says where they go. The model is held weakly, so
-    that it is freed as soon as its last user is gone.
+    Transformers asks a quantizer for tensors and metadata, but never says where they go.
     """
+    model.save_pretrained = functools.partial(_save_pretrained, model)
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
 
-    def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any) -> Any:
-        """See `PreTrainedModel.save_pretrained`."""
-        model: Any = self._model()
-        if model is None:
-            raise ReferenceError("the model that was to be saved is gone")
-        quantizer = getattr(model, "hf_quantizer", None)
-        if quantizer is not None and is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
-            quantizer.folder = Path(save_directory)
-        if quantizer is not None:
-            quantizer.original_names = kwargs.get("save_original_format", True)
-        try:
-            return type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
-        finally:
-            if quantizer is not None:
-                quantizer.folder, quantizer.original_names = None, True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the model that was to be saved is gone")
-        return SavePretrained(copy.deepcopy(model, memo))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SavePretrained, (self._model(),)
+def _save_pretrained(
+    model: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+) -> Any:
+    """See `PreTrainedModel.save_pretrained`."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    if is_main_process and not getattr(model, "_hf_peft_config_loaded", False):
+        quantizer.folder = Path(save_directory)
+    quantizer.original_names = kwargs.get("save_original_format", True)
+    try:
+        return type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    finally:
+        quantizer.folder, quantizer.original_names = None, True
 
 
 def names_in_files(model: Any, modules: Iterable[str]) -> dict[str, str]:
