@@ -67,12 +67,18 @@ class Maker(NamedTuple):
 
 
 def _made(name: str, maker: Maker, rows: Tensor) -> Parts:
-    finite = maker.elements == 1 or bool(torch.isfinite(rows.abs().amax()))
-    parts = maker.make(name, rows) if finite else {}
-    numbers = [part for key, part in parts.items() if key != "codes" and part.is_floating_point()]
-    if not finite or not all(bool(torch.isfinite(part.float()).all()) for part in numbers):
-        raise PlanError(f"the weight holds values that {name} can't: NaN, infinite, or too large for its scales")
+    if maker.elements > 1:
+        _require_finite(name, rows.abs().amax())
+    parts = maker.make(name, rows)
+    for key, numbers in parts.items():
+        if key != "codes" and numbers.is_floating_point():
+            _require_finite(name, numbers)
     return parts
+
+
+def _require_finite(name: str, numbers: Tensor) -> None:
+    if not bool(torch.isfinite(numbers.float()).all()):
+        raise PlanError(f"the weight holds values that {name} can't: NaN, infinite, or too large for its scales")
 
 
 def _blocks(rows: Tensor, size: int) -> Tensor:
@@ -146,8 +152,7 @@ def _ternary(name: str, rows: Tensor) -> Parts:
     """TQ1_0, TQ2_0: the nearest of -1, 0, 1 times the absolute maximum; stored as 0, 1, 2."""
     blocks = _blocks(rows, _SUPER)
     scale = blocks.abs().amax(1, keepdim=True)
-    if not bool(torch.isfinite(scale.half().float()).all()):
-        raise PlanError(f"the weight holds values that {name} can't: NaN, infinite, or too large for its scales")
+    _require_finite(name, scale.half())
     digits = (_half_away(blocks * _reciprocal(scale)) + 1).to(torch.uint8)
     stored = _base_3(digits) if name == "TQ1_0" else _base_4(digits)
     codes = torch.cat([stored, scale.half().view(torch.uint8)], dim=1)
@@ -246,6 +251,7 @@ def _nonlinear(name: str, rows: Tensor) -> Parts:
     table = torch.tensor(IQ4_NL, device=rows.device)
     x = _blocks(rows, 32).t().contiguous()
     scale = kquants.search_table(x, table, tries=7)
+    _require_finite(name, scale)
     parts: Parts = {"table": table}
     if name == "IQ4_NL":
         parts["scales"] = scale.half()

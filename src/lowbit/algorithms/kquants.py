@@ -182,8 +182,23 @@ def _nearest(x: Tensor) -> Tensor:
 
 
 def nearest_entry(x: Tensor, table: Tensor) -> Tensor:
-    """Index of the nearest of ascending values, the upper one of two."""
-    return torch.bucketize(x, (table[1:] + table[:-1]) / 2, out_int32=True, right=True)
+    """Index of the nearest of ascending whole numbers up to 127, the upper one of two; ``uint8``."""
+    return _look_up(x, _halves(table)[0])
+
+
+def _halves(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest entry of each multiple of 1/2 from -128 to 127.5, its index and its value.
+
+    The border between two whole numbers is a multiple of 1/2, so that all numbers from one to the next share an entry.
+    """
+    steps = torch.arange(-256, 256, device=table.device) / 2
+    index = torch.bucketize(steps, (table[1:] + table[:-1]) / 2, right=True)
+    return index.to(torch.uint8), table[index]
+
+
+def _look_up(x: Tensor, halves: Tensor) -> Tensor:
+    steps = (x * 2).floor_().clamp_(-256, 255).to(torch.int32).add_(256)
+    return halves.index_select(0, steps.view(-1)).view(x.shape)
 
 
 def search_table(x: Tensor, table: Tensor, tries: int) -> Tensor:
@@ -191,21 +206,21 @@ def search_table(x: Tensor, table: Tensor, tries: int) -> Tensor:
     extreme, magnitude = largest(x)
     empty = magnitude < _EPSILON
     first = float(table[0])
-    weights = x * x
+    weights, values = x * x, _halves(table)[1]
     steps = ratio(1, -extreme / first).masked_fill(empty, 0)
-    products, squares = _fit_table(x, weights, steps, table)
+    products, squares = _fit_table(x, weights, steps, values)
     scale = products / squares
     best = scale * products
     for number in range(-tries, tries + 1):
         steps = ratio(number + first, extreme).masked_fill(empty, 0)
-        products, squares = _fit_table(x, weights, steps, table)
+        products, squares = _fit_table(x, weights, steps, values)
         better = (squares > 0) & (products * products > best * squares)
         scale = torch.where(better, products / squares, scale)
         best = torch.where(better, scale * products, best)
     return scale.masked_fill(empty, 0)
 
 
-def _fit_table(x: Tensor, weights: Tensor, steps: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    values = table[nearest_entry(x * steps, table)]
+def _fit_table(x: Tensor, weights: Tensor, steps: Tensor, halves: Tensor) -> tuple[Tensor, Tensor]:
+    values = _look_up(x * steps, halves)
     weighted = weights * values
     return total(weighted * x), total(weighted.mul_(values))
