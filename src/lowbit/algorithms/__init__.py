@@ -6,9 +6,9 @@ They never touch files or modules. :func:`quantize` picks the algorithm that a s
 from lowbit.algorithms.affine import AffineIntegers, Int4Additive
 from lowbit.algorithms.base import Algorithm, find_algorithm, quantize, register_algorithm
 from lowbit.algorithms.blockwise import BlockwiseTable, nested_map
-from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.algorithms.eetq import HalfAwayRows
 from lowbit.algorithms.float8 import ScaledFloat8
+from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.algorithms.rows import Int8Rows
 from lowbit.algorithms.rtn import RoundToNearest
 from lowbit.core import int8_spec, integer_spec, table_spec
