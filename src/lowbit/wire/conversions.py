@@ -10,7 +10,7 @@ from lowbit.core import QuantSpec
 from lowbit.core.respell import conditions, whole_zeros, why_not, without_zeros
 from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire
-from lowbit.wire.detect import wire_named, wires
+from lowbit.wire.detect import wire_named
 from lowbit.wire.gguf.types import GgmlType
 from lowbit.wire.gguf.wire import GgufSettings
 from lowbit.wire.torchao_config import stored_dtype
@@ -131,11 +131,9 @@ def _ask(spec: QuantSpec, spelled: QuantSpec, wire: Wire[Any]) -> Answer:
 def table() -> str:
     """Rows of what people have, columns of formats, as Markdown; below it what the numbers in the cells stand for."""
     notes: dict[str, int] = {}
-    columns = [wire for wire in wires() if wire.name in _COLUMNS]
-    head = ["from", *(_COLUMNS[wire.name] for wire in columns)]
-    lines = [_row(head), _row(["---"] + ["---"] * len(columns))]
+    lines = [_row(["from", *_COLUMNS.values()]), _row(["---"] * (1 + len(_COLUMNS)))]
     for title, own, spec in sources():
-        cells = [_cell(ask(spec, wire), notes, own == wire.name) for wire in columns]
+        cells = [_cell(ask(spec, wire_named(name)), notes, own == name) for name in _COLUMNS]
         lines.append(_row([title, *cells]))
     lines += ["", *(f"{number}. where {condition}" for condition, number in notes.items())]
     return "\n".join(lines)
