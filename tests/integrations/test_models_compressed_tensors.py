@@ -255,3 +255,14 @@ def test_a_dict_is_as_good_as_an_object(llama: Path) -> None:
         lowbit.AutoModelForCausalLM.from_pretrained(
             llama, quantization_config={"quant_method": "compressed-tensors", "config_groups": {"W9A9": ["Linear"]}}
         )
+
+
+def test_experts_and_their_router(tmp_path: Path) -> None:
+    tiny.save("mixtral", tmp_path / "dense", torch.bfloat16)
+    model = load(tmp_path / "dense", config_groups={"MXFP4": ["re:.*experts.*"], "FP8_DYNAMIC": ["Linear"]})
+    model.save_pretrained(tmp_path / "packed")
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    assert stored["model.layers.0.block_sparse_moe.experts.0.w1.weight_packed"].dtype == torch.uint8
+    assert stored["model.layers.0.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert r"re:.*\.gate$" in stored_config(tmp_path / "packed")["ignore"]
+    assert torch.equal(tiny.logits(load(tmp_path / "packed"), "mixtral"), tiny.logits(model, "mixtral"))

@@ -217,6 +217,9 @@ def test_modules_have_the_scheme_of_their_most_telling_target() -> None:
     assert bits("model.layers.1.mlp.down_proj") == 4  # expressions in alphabetical order
     assert bits("model.layers.9.mlp.up_proj") is None
     assert bits("lm_head") is None
+    assert bits("model.embed_tokens") == 8
+    own = parsed(config_groups={**groups, "W5A16": ["Embedding"]})
+    assert bits("model.embed_tokens") == 5
 
 
 def test_one_checkpoint_of_several_schemes() -> None:

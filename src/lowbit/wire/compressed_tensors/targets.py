@@ -8,8 +8,9 @@ from typing import Final
 from lowbit.core import patterns
 from lowbit.errors import FormatError, SpecError
 
-# Wires know modules by name alone, and every module that they hold is a linear layer.
+# Wires know modules by name alone. What they hold are linear layers, but for embeddings, which have telling names.
 _LINEAR: Final = ("Linear", "LinearBase", "Module")
+_EMBEDDINGS: Final = ("wte", "wpe")
 
 
 def matches_name(target: str, module: str) -> bool:
@@ -26,20 +27,23 @@ def matches_name(target: str, module: str) -> bool:
         raise FormatError(f"a target can't be used: {error}", found=repr(target)[:80]) from error
 
 
-def matches_class(target: str) -> bool:
-    """Whether a target is the name of a class of linear layers."""
+def matches_class(target: str, module: str) -> bool:
+    """Whether a target names a class of linear layers, or of embeddings where the module is called like one."""
+    if target == "Embedding":
+        last = module.rpartition(".")[2]
+        return "embed" in last or last in _EMBEDDINGS
     return target in _LINEAR or (target.isidentifier() and target.endswith("Linear"))
 
 
 def first_match(targets: Iterable[str], module: str) -> str | None:
-    """The target that decides for a linear layer, or None where none matches."""
+    """The target that decides for a layer, or None where none matches."""
     ordered = sorted(targets, key=lambda target: ("re:" in target, target))
     for target in ordered:
         if matches_name(target, module):
             return target
-    return next((target for target in ordered if matches_class(target)), None)
+    return next((target for target in ordered if matches_class(target, module)), None)
 
 
 def is_ignored(ignore: Sequence[str], module: str) -> bool:
-    """Whether a linear layer is on an ``ignore`` list."""
+    """Whether a layer is on an ``ignore`` list."""
     return first_match(ignore, module) is not None

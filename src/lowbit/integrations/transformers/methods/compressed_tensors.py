@@ -136,8 +136,12 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
         """
         targets = [target for scheme in _WIRE.parse(self.to_dict()).schemes for target in scheme.targets]
         dense = [name for name, kept in plan.kept.items() if _is_linear(kept) and first_match(targets, name)]
-        known = set(self.ignore)
-        self.ignore += [name for name in map(_as_target, dense) if name not in known]
+        # Routers are linear layers to readers that know the model in another form, and under other names.
+        routers = [
+            rf"re:.*\.{re.escape(name.rpartition('.')[2])}$" for name, kept in plan.kept.items() if _is_router(kept)
+        ]
+        found = [*map(_as_target, dense), *routers]
+        self.ignore += [name for name in dict.fromkeys(found) if name not in set(self.ignore)]
         useless = [target for target in targets if not any(first_match([target], name) for name in plan)]
         if useless:
             warnings.warn(f"these targets match no layer: {useless}", stacklevel=2)
@@ -145,6 +149,11 @@ class CompressedTensorsConfig(transformers.CompressedTensorsConfig):
 
 def _is_linear(kept: Kept) -> bool:
     return kept.reason != "embedding" and not kept.reason.endswith("is not a linear layer")
+
+
+def _is_router(kept: Kept) -> bool:
+    kind = kept.reason.removesuffix("is not a linear layer")
+    return kind != kept.reason and ("Router" in kind or "Gate" in kind or "Gating" in kind)
 
 
 def _as_target(name: str) -> str:
