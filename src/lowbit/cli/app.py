@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lowbit.cli import convert, demo, doctor, evaluate, inspect, quantize, recommend
+from lowbit.cli import convert, demo, doctor, evaluate, inspect, methods, quantize, recommend
 from lowbit.errors import LowbitError
 
 USER_ERROR = 2
@@ -34,6 +34,7 @@ app.command("inspect")(inspect.command)
 app.command("eval")(evaluate.command)
 app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
+app.command("methods")(methods.command)
 app.command("recommend")(recommend.command)
 
 
