@@ -230,6 +230,15 @@ def read_shapes(path: Path, names: Collection[str]) -> dict[str, tuple[int, ...]
     return {name: tuple(file.get_slice(name).get_shape()) for name in names if name in present}
 
 
+def read_dtypes(path: Path, names: Collection[str]) -> dict[str, str]:
+    """The safetensors dtypes of some of the tensors in one file, as :func:`read_shapes`; nothing of GGUF files."""
+    if is_gguf(path):
+        return {}
+    file = _open(path)
+    present = set(file.keys())
+    return {name: file.get_slice(name).get_dtype() for name in names if name in present}
+
+
 def _open(path: Path) -> Any:
     try:
         with path.open("rb") as file:

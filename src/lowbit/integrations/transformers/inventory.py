@@ -18,9 +18,10 @@ from lowbit.nn.activation import scale_activations
 from lowbit.nn.embedding import is_embedding
 from lowbit.nn.swap import is_linear, linear_shape
 from lowbit.wire import Wire
-from lowbit.wire.store import read_header, read_shapes
+from lowbit.wire.store import read_dtypes, read_header, read_shapes
 
 _LISTED = 8
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 class Inventory:
@@ -106,6 +107,21 @@ class Inventory:
             self.experts.check()
         except FormatError as error:
             raise error.located(file=self._where()) from error
+        self._check_numbers(others)
+
+    def _check_numbers(self, names: list[str]) -> None:
+        """Refuse a weight that is stored in integers or FP8 without the scales that make numbers of them."""
+        floats = {name for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        for file in self.files:
+            for name, dtype in read_dtypes(file, names).items():
+                if dtype not in _FLOATS and not floats.isdisjoint(self._targets(name)):
+                    raise FormatError(
+                        "the weight is not packed, but neither is it stored in floating point",
+                        file=str(file),
+                        tensor=name,
+                        found=dtype,
+                        expected=f"one of {sorted(_FLOATS)}, or a {self.wire.marker} beside it",
+                    )
 
     def _scale_activations(self, names: list[str]) -> None:
         """Make room in the model for the scales of activations."""
