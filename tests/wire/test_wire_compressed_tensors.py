@@ -267,3 +267,15 @@ def test_what_a_scheme_cannot_hold() -> None:
     with pytest.raises(FormatError, match="can't spell"):
         WIRE.write(of_preset("W8A16"), a_tensor(of_preset("W4A16")))
     assert Scheme().inferred_format == "pack-quantized"
+
+
+def test_variants_are_presets_and_formats() -> None:
+    four = WIRE.settings_for(integer_spec(4, 32))
+    tensor = a_tensor(four)
+    wide = WIRE.vary(four, "int-quantized")
+    assert WIRE.write(wide, tensor)["weight"].dtype == torch.int8
+    assert WIRE.read(wide, WIRE.write(wide, tensor)).equal(tensor)
+    assert WIRE.spec(WIRE.vary(four, "mxfp4")) == WIRE.spec(of_preset("MXFP4"))
+    for variant in ("float-quantized", "marlin-24", "W9A9"):
+        with pytest.raises(FormatError):
+            WIRE.vary(four, variant)

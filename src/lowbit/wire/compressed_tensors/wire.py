@@ -17,6 +17,7 @@ from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire, require_tensor, require_tensors
 from lowbit.wire.compressed_tensors import packing
 from lowbit.wire.compressed_tensors.schemes import (
+    PRESETS,
     QUANTIZED,
     UNSPECIFIC,
     Args,
@@ -178,6 +179,17 @@ class CompressedTensorsWire(Wire[CompressedTensorsSettings]):
     def settings_for(self, spec: QuantSpec) -> CompressedTensorsSettings:
         scheme = scheme_of(spec)
         return CompressedTensorsSettings((scheme,), format=scheme.inferred_format)
+
+    def vary(self, settings: CompressedTensorsSettings, variant: str) -> CompressedTensorsSettings:
+        """A preset, in any case, or a format that holds the same numbers (``int-quantized``)."""
+        if variant.upper() in PRESETS:
+            scheme = preset(variant, ("Linear",))
+            return CompressedTensorsSettings((scheme,), format=scheme.inferred_format)
+        if variant not in QUANTIZED:
+            raise FormatError("unknown variant", found=variant, expected=[*QUANTIZED, *PRESETS])
+        varied = replace(settings, schemes=(replace(settings.scheme, format=variant),), format=variant)
+        _check_format(varied)
+        return varied
 
     def spelling(self, settings: CompressedTensorsSettings, spec: QuantSpec) -> QuantSpec:
         dtype = spec.scale.dtype if spec.scale.dtype in SCALE_DTYPES else spec.dtype
