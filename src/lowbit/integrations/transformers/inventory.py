@@ -98,7 +98,8 @@ class Inventory:
         self.wire.check_names(others)
         self.experts = StoredExperts(ExpertNames(self.model, mapping, fused=bool(self.wire.fused_suffixes)))
         self._present = set(names)
-        self._take_fused_experts(others)
+        fused = self._take_fused_experts(others)
+        others = [name for name in others if name not in fused]
         self._scale_activations([name for name in others if name.endswith(self.wire.activation_scales)])
         try:
             self.stored = {name: module for module in stored if (name := self._module_of(module)) is not None}
@@ -112,6 +113,7 @@ class Inventory:
     def _check_numbers(self, names: list[str]) -> None:
         """Refuse a weight that is stored in integers or FP8 without the scales that make numbers of them."""
         floats = {name for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
+        floats -= self.experts.parameters
         for file in self.files:
             for name, dtype in read_dtypes(file, names).items():
                 if dtype not in _FLOATS and not floats.isdisjoint(self._targets(name)):
@@ -168,14 +170,17 @@ class Inventory:
         suffixes = [suffix for suffix in self.wire.suffixes if f"{stored}.{suffix}" in self._present]
         return any(self.experts.take(spelled, stored, suffixes) for spelled in self._with_and_without_prefix(name))
 
-    def _take_fused_experts(self, names: list[str]) -> None:
-        endings = self.wire.fused_suffixes
+    def _take_fused_experts(self, names: list[str]) -> set[str]:
+        """The tensors of parameters that the files hold fused and packed."""
+        endings, taken = self.wire.fused_suffixes, set()
         for name in names if endings else ():
             if name.endswith(endings[-1]):
                 stored = name.removesuffix(endings[-1])
                 suffixes = [ending for ending in endings if f"{stored}{ending}" in self._present]
-                for spelled in self._with_and_without_prefix(self._rename(stored, [])):
-                    self.experts.take_fused(spelled, stored, suffixes)
+                spellings = self._with_and_without_prefix(self._rename(stored, []))
+                if any(self.experts.take_fused(spelled, stored, suffixes) for spelled in spellings):
+                    taken |= {f"{stored}{ending}" for ending in suffixes}
+        return taken
 
     def _with_and_without_prefix(self, name: str) -> tuple[str, ...]:
         prefix = f"{self.model.base_model_prefix}."
