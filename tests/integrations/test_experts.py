@@ -445,3 +445,19 @@ def test_inspect_shows_experts(tmp_path: Path) -> None:
     report, plan = describe(tmp_path / "packed")
     assert len([weight for weight in report["weights"] if ".experts." in weight["name"]]) == 3 * EXPERTS
     assert "block_sparse_moe.experts.*.w1 (4)" in str(plan)
+
+
+# PEFT calls by names that Transformers has changed.
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
+def test_adapters_beside_packed_experts(tmp_path: Path) -> None:
+    """Gradients go through packed experts; PEFT says itself that it can't adapt them."""
+    peft = pytest.importorskip("peft")
+    save("qwen3_moe", tmp_path)
+    model = load(tmp_path, CONFIGS["nf4"]())
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        adapted = peft.get_peft_model(model, config)
+    loss = adapted(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    gradients = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(gradients) == 2 and all(gradient.abs().sum() > 0 for gradient in gradients)

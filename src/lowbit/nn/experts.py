@@ -26,6 +26,7 @@ from lowbit.nn.packed import PackedModule
 GATE_UP: Final = "gate_up_proj"
 UP: Final = "up_proj"
 DOWN: Final = "down_proj"
+_SUFFIX: Final = "_stack"
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,14 @@ def _arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def stack_name(part: str) -> str:
+    """What :class:`QuantExperts` calls the stack of a part.
+
+    Not the part itself: whoever names ``down_proj`` to adapt it means linear layers.
+    """
+    return f"{part}{_SUFFIX}"
+
+
 class QuantStack(PackedModule):
     """The same matrix of every expert, packed: the spec's tensors with a first axis of experts.
 
@@ -254,9 +263,9 @@ class QuantStack(PackedModule):
 class QuantExperts(nn.Module):
     """Experts with packed projections, in the place of `module` and computing what it computes.
 
-    Each matrix is a :class:`QuantStack` named after its part (``gate_proj``, ``up_proj``, ``down_proj``); a projection
-    that stays dense remains the parameter it was and gets no gradient. Everything else (biases, the gate, norms) is the
-    original module's.
+    Each matrix is a :class:`QuantStack` named after its part (``gate_proj_stack``, ``up_proj_stack``,
+    ``down_proj_stack``); a projection that stays dense remains the parameter it was and gets no gradient. Everything
+    else (biases, the gate, norms) is the original module's.
 
     Args:
         module: an experts module for which :func:`find_projections` finds any; it is taken over.
@@ -281,8 +290,12 @@ class QuantExperts(nn.Module):
 
     @property
     def stacks(self) -> dict[str, QuantStack]:
-        """The packed matrices by name."""
-        return {name: module for name, module in self.named_children() if isinstance(module, QuantStack)}
+        """The packed matrices by part."""
+        return {
+            name.removesuffix(_SUFFIX): module
+            for name, module in self.named_children()
+            if isinstance(module, QuantStack)
+        }
 
     def is_packed(self, projection: str) -> bool:
         return self.projections[projection].parts[0] in self.stacks
@@ -303,7 +316,7 @@ class QuantExperts(nn.Module):
         del self._parameters[projection.name]
         self.projections[projection.name] = projection
         for name in projection.parts:
-            self.add_module(name, stacks[name])
+            self.add_module(stack_name(name), stacks[name])
 
     def unpack(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The original module with dense projections; `dtype` as in :func:`lowbit.nn.swap.dense_linear`."""
@@ -314,7 +327,7 @@ class QuantExperts(nn.Module):
             parameters[name] = None if converted is None else nn.Parameter(converted, requires_grad=False)
         for name, projection in self.projections.items():
             parameters[name] = nn.Parameter(self._dense(projection, dtype), requires_grad=False)
-        stacks = self.stacks
+        stacks = {stack_name(part) for part in self.stacks}
         # Its own from now on: hooks may still take back what this module holds.
         module._parameters, module._buffers = parameters, dict(self._buffers)
         module._modules = {name: child for name, child in self._modules.items() if name not in stacks}
@@ -362,7 +375,7 @@ class QuantExperts(nn.Module):
             return ops.expert_linear(rows, experts, [dense], bias, _dense_spec(dense.dtype), CANONICAL, out_features)
         biases = {} if bias is None else projection.split_bias(bias)
         return projection.join_outputs(
-            [self.get_submodule(part)(rows, experts, biases.get(part)) for part in projection.parts]
+            [self.get_submodule(stack_name(part))(rows, experts, biases.get(part)) for part in projection.parts]
         )
 
     def _dense(self, projection: Projection, dtype: torch.dtype | None) -> Tensor:
@@ -431,10 +444,14 @@ def stack_tensors(tensors: Sequence[QuantTensor]) -> tuple[QuantSpec, dict[str, 
         if (tensor.spec, tensor.shape) != (first.spec, first.shape):
             raise FormatError(
                 f"the experts of a layer differ in their layouts: expert {number} is not as the first is",
-                found=f"{list(tensor.shape)}, {tensor.spec}",
-                expected=f"{list(first.shape)}, {first.spec}",
+                found=_described(tensor),
+                expected=_described(first),
             )
     return first.spec, {name: torch.stack([tensor.tensors[name] for tensor in tensors]) for name in first.tensors}
+
+
+def _described(tensor: QuantTensor) -> str:
+    return f"{list(tensor.shape)}, {tensor.spec}, scales in {tensor.spec.scale.dtype}, for {tensor.spec.dtype}"
 
 
 def _permuted(tensor: QuantTensor) -> QuantTensor:

@@ -15,7 +15,7 @@ from lowbit.core import Kept, QuantSpec
 from lowbit.errors import FormatError, LowbitError
 from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_host
 from lowbit.integrations.transformers.experts import ExpertStack, StoredStack, common_fate, merges_into, stack_patterns
-from lowbit.nn.experts import Projection, QuantExperts, QuantStack, quantize_projection
+from lowbit.nn.experts import Projection, QuantExperts, QuantStack, quantize_projection, stack_name
 from lowbit.nn.planning import matches
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class ReadExperts(ConversionOps):
                     raise error.inside(stored.names[expert]) from error
             tensors = stack.fill(weights)
         except FormatError as error:
-            raise self.hf_quantizer.note(error if len(weights) < stack.experts else error.inside(name)) from error
+            every = f"{stored.stack.module}.*.{stored.stack.leaf}"
+            raise self.hf_quantizer.note(error if error.tensor else error.inside(every)) from error
         return _place(stack, name, tensors, missing_keys)
 
     def _read_fused(
@@ -135,7 +136,7 @@ def expert_converters(quantizer: LowbitQuantizer, experts: StoredExperts, base_p
         suffixes = wire.fused_suffixes if stacks[0].fused else wire.suffixes
         patterns = stack_patterns(stacks, suffixes, base_prefix)
         operation = ReadExperts(quantizer, patterns)
-        converters.append(WeightConverter(list(patterns), f".{part}.{_ANCHOR}", [operation]))
+        converters.append(WeightConverter(list(patterns), f".{stack_name(part)}.{_ANCHOR}", [operation]))
         with_bias = [stack for stack in stacks if f"{stack.parameter}_bias" in experts.biases]
         if with_bias:
             name = with_bias[0].projection.name
@@ -173,7 +174,7 @@ def quantize_experts(
         missing_keys.discard(name)
     placed: dict[str, Tensor] = {}
     for part, (stack, tensors) in made.items():
-        placed |= _place(stack, f"{module}.{part}", tensors, missing_keys)
+        placed |= _place(stack, f"{module}.{stack_name(part)}", tensors, missing_keys)
     return placed
 
 
@@ -201,9 +202,10 @@ def write_experts(
     recipe = quantizer.recipe
     specs: dict[str, tuple[QuantSpec, tuple[int, int]]] = {}
     for part, stack in experts.stacks.items():
+        name = f"{module}.{stack_name(part)}"
         for key in stack.packed_names:
-            state.pop(f"{module}.{part}.{key}", None)
-        stored = quantizer.stacks[f"{module}.{part}"]
+            state.pop(f"{name}.{key}", None)
+        stored = quantizer.stacks[name]
         with on_host(stack):
             weights = [stack.quant_tensor(expert) for expert in range(stack.experts)]
             if stored.stack.fused:
@@ -226,7 +228,7 @@ def _write_bias(
     with on_host(experts):
         bias = experts.get_parameter(f"{projection.name}_bias").detach()
         for part, rows in projection.split_bias(bias).items():
-            names = quantizer.stacks[f"{module}.{part}"].stack.written
+            names = quantizer.stacks[f"{module}.{stack_name(part)}"].stack.written
             written.update({f"{name}.bias": row.clone() for name, row in zip(names, rows, strict=True)})
 
 

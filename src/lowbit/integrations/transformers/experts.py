@@ -12,7 +12,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from lowbit.core import Kept, QuantSpec
 from lowbit.errors import FormatError
-from lowbit.nn.experts import Projection, find_projections
+from lowbit.nn.experts import Projection, find_projections, stack_name
 
 # Other names in use for the parts of an expert.
 _ALIASES: Final = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -39,7 +39,8 @@ class ExpertStack:
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.part}"
+        """Of the module that holds it in memory."""
+        return f"{self.module}.{stack_name(self.part)}"
 
     @property
     def parameter(self) -> str:
@@ -167,13 +168,13 @@ class StoredExperts:
 
     Attributes:
         stacks: by name.
-        biases: the parameters whose rows are stored with each expert, and with how many of them, by part.
+        biases: the parameters whose rows are stored with each expert, and with which of them, by part.
     """
 
     def __init__(self, names: ExpertNames) -> None:
         self._names = names
         self.stacks: dict[str, StoredStack] = {}
-        self.biases: dict[str, dict[str, int]] = {}
+        self.biases: dict[str, dict[str, set[int]]] = {}
 
     @property
     def parameters(self) -> set[str]:
@@ -205,10 +206,12 @@ class StoredExperts:
         entry.suffixes[number] = frozenset(suffixes)
         return True
 
-    def take_fused(self, renamed: str, stored: str, suffixes: Iterable[str]) -> None:
+    def take_fused(self, renamed: str, stored: str, suffixes: Iterable[str]) -> bool:
         """Take a parameter in that the files hold fused, if it is one."""
-        if (stack := self._names.fused.get(renamed)) is not None:
-            self.stacks[stack.name] = StoredStack(stack, {0: stored}, {0: frozenset(suffixes)})
+        if (stack := self._names.fused.get(renamed)) is None:
+            return False
+        self.stacks[stack.name] = StoredStack(stack, {0: stored}, {0: frozenset(suffixes)})
+        return True
 
     def take_bias(self, renamed: str) -> str | None:
         """The parameter to which a bias of one expert belongs, or None where it is none."""
@@ -216,8 +219,7 @@ class StoredExperts:
         if found is None:
             return None
         stack, parameter = found[0], f"{found[0].parameter}_bias"
-        counts = self.biases.setdefault(parameter, {})
-        counts[stack.part] = counts.get(stack.part, 0) + 1
+        self.biases.setdefault(parameter, {}).setdefault(stack.part, set()).add(found[1])
         return parameter
 
     def check(self) -> None:
@@ -237,14 +239,16 @@ class StoredExperts:
                     found=f"{total - len(missing)} of {total}",
                     expected=f"also {', '.join(missing[:_LISTED])}{' ...' if len(missing) > _LISTED else ''}",
                 )
-        for parameter, counts in self.biases.items():
+        for parameter, experts in self.biases.items():
+            counts = {part: len(numbers) for part, numbers in experts.items()}
             stacks = self._names.apart[parameter.removesuffix("_bias")]
             wanted = {stack.part: stack.projection.experts for stack in stacks}
             if counts != wanted:
                 raise FormatError("biases of experts are missing", tensor=parameter, found=counts, expected=wanted)
 
     def _is_fused(self, parameter: str) -> bool:
-        return parameter in self.stacks and self.stacks[parameter].stack.fused
+        fused = self._names.fused.get(parameter)
+        return fused is not None and fused.name in self.stacks
 
     def _missing(self, stack: ExpertStack) -> list[str]:
         """The matrices that are not there, as the files would call them."""
@@ -260,8 +264,9 @@ class StoredExperts:
         """Each experts module with its packed projections: the parts of each in order."""
         modules: dict[str, dict[str, list[StoredStack]]] = {}
         for parameter in sorted(self.parameters):
-            apart = [stack.name for stack in self._names.apart[parameter]]
-            parts = [self.stacks[name] for name in ([parameter] if self._is_fused(parameter) else apart)]
+            fused = self._is_fused(parameter)
+            stacks = [self._names.fused[parameter]] if fused else self._names.apart[parameter]
+            parts = [self.stacks[stack.name] for stack in stacks]
             first = parts[0].stack
             modules.setdefault(first.module, {})[first.projection.name] = parts
         yield from modules.items()
