@@ -24,7 +24,9 @@ def put_table(model: Any, name: str, spec: QuantSpec, dtype: torch.dtype) -> Qua
         module = target.removesuffix(".weight")
         dense = model.get_submodule(module)
         bias = dense.bias if isinstance(getattr(dense, "bias", None), nn.Parameter) else None
-        model.set_submodule(module, TiedHead(table, bias=bias))
+        head = TiedHead(table, bias=bias)
+        head._is_hf_initialized = True  # else Transformers draws random numbers into a dense copy of the table
+        model.set_submodule(module, head)
         del ties[target]
         declared = dict(getattr(model, "_tied_weights_keys", None) or {})
         declared.pop(target, None)
