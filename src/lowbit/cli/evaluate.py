@@ -23,7 +23,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a model's perplexity on a text, its bits per weight and its memory."""
-    folder, content = find_folder(path), read_text(text)
+    folder, content = find_folder(path, gguf=True), read_text(text)
     console.silence(bars=as_json)
     windows = _windows(folder, content, seq_len)[:max_windows]
     model = load_model(folder, dtype=dtype, device=device)

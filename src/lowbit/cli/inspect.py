@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a checkpoint.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a checkpoint, or a GGUF file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what is quantized in a checkpoint, how, and in how many bits."""
-    report, plan = describe(find_folder(path))
+    report, plan = describe(find_folder(path, gguf=True))
     if as_json:
         console.print_json(report)
     else:
@@ -36,7 +36,7 @@ def describe(folder: Path) -> tuple[dict[str, Any], Plan]:
     from lowbit.integrations.checkpoint import open_checkpoint
     from lowbit.wire.store import quantization_config
 
-    if quantization_config(folder) is None:
+    if folder.is_dir() and quantization_config(folder) is None:
         return _describe_dense(folder)
     checkpoint = open_checkpoint(folder)
     plan = checkpoint.plan

@@ -26,11 +26,12 @@ class DType(str, Enum):
     float32 = "float32"
 
 
-def find_folder(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
+def find_folder(path: str, files: Sequence[str] = _HUB_FILES, *, gguf: bool = False) -> Path:
     """The local folder of a checkpoint, downloaded from the hub where `path` is no folder but a name like ``org/name``.
 
     Args:
         files: patterns of what is downloaded.
+        gguf: whether a GGUF file will do instead.
 
     Raises:
         PlanError: there is no such folder, it has no ``config.json``, or the hub doesn't give it.
@@ -40,6 +41,8 @@ def find_folder(path: str, files: Sequence[str] = _HUB_FILES) -> Path:
         folder = _download(path, files)
     if not folder.exists():
         raise PlanError(f"there is no folder '{path}'")
+    if gguf and folder.suffix == ".gguf" and folder.is_file():
+        return folder
     if not folder.is_dir():
         raise PlanError(f"'{path}' is a file; give the folder of a checkpoint")
     if not (folder / "config.json").is_file():
@@ -70,10 +73,12 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         PlanError: there is none that Transformers can load.
     """
-    from transformers import AutoTokenizer
+    import lowbit
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return lowbit.AutoTokenizer.from_pretrained(folder)
+    except LowbitError:
+        raise
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise PlanError(f"Transformers can't load a tokenizer from '{folder}': {error}") from error
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import transformers
 from torch import Tensor
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-from transformers.utils import cached_file
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+from transformers.utils.hub import cached_file
 
 from lowbit.errors import FormatError, PlanError
 from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
@@ -98,11 +98,11 @@ def stored_config(file: Path, requested: Any) -> GgufConfig:
     return GgufConfig(gguf_file=str(file), dequantize=not packed or bool(getattr(requested, "dequantize", False)))
 
 
-class AutoConfig(transformers.AutoConfig):  # type: ignore[misc]
+class AutoConfig(transformers.AutoConfig):
     """`transformers.AutoConfig`, which also reads GGUF files, by ``gguf_file=`` or as the path."""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Any:  # type: ignore[override]
         """As Transformers' own."""
         file = find_file(str(path), kwargs)
         if file is None:
@@ -113,11 +113,11 @@ class AutoConfig(transformers.AutoConfig):  # type: ignore[misc]
         return (config, rest) if unused else config
 
 
-class AutoTokenizer(transformers.AutoTokenizer):  # type: ignore[misc]
+class AutoTokenizer(transformers.AutoTokenizer):
     """`transformers.AutoTokenizer`, which also reads GGUF files, by ``gguf_file=`` or as the path."""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As Transformers' own."""
         file = find_file(str(path), kwargs)
         if file is None:
@@ -140,8 +140,8 @@ class _Outside:
         raise FormatError("the tensor can't be read from here", tensor=name)
 
 
-def _from_metadata(metadata: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return config_of(_Outside(metadata, names))
+def _from_metadata(metadata: dict[str, Any], tensor_names: tuple[str, ...]) -> dict[str, Any]:
+    return config_of(_Outside(metadata, tensor_names))
 
 
 def register() -> None:

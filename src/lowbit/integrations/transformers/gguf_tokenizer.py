@@ -212,7 +212,7 @@ def tokenizer_metadata(tokenizer: Any, vocabulary: int) -> dict[str, Any]:
     types = [_NORMAL if index in names else _UNUSED for index in range(vocabulary)]
     for token in data["added_tokens"]:
         types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [_pair(merge) if isinstance(merge, str) else (merge[0], merge[1]) for merge in model["merges"]]
     if (data.get("decoder") or {}).get("type") == "ByteLevel":
         body = _write_byte_level(data, tokens, types, merges)
     else:

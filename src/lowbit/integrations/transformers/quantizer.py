@@ -89,9 +89,9 @@ class LowbitQuantizer(HfQuantizer):
         """Called by Transformers where a GGUF file is loaded."""
         self.gguf_file = gguf_file
 
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The blocks of a GGUF file have no dtype that a model could take over."""
-        return torch.get_default_dtype() if dtype is None and self.gguf_file is not None else dtype
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The blocks of a GGUF file have no dtype that a model could take over: nothing is found, and None given."""
+        return dtype or torch.get_default_dtype()
 
     def get_state_dict(self, checkpoint_file: str, model: Any) -> dict[str, LazyTensor]:
         """The tensors of a GGUF file under Transformers' names, none of them read yet."""
