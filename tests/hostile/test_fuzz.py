@@ -6,8 +6,11 @@ this way stands below by name.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
+import math
 import os
 import resource
 import struct
@@ -26,7 +29,11 @@ from torch import Tensor
 import lowbit
 from lowbit.core import QuantTensor
 from lowbit.errors import LowbitError
+from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowbit.wire.gguf import Entry, GgmlType, open_gguf, write_gguf
+from lowbit.wire.gguf.config import config_of
 from samples import MODEL, MODULES, Sample, samples
+from test_gguf import LLAMA
 
 EXAMPLES = int(os.environ.get("LOWBIT_FUZZ_EXAMPLES", "25"))
 SECONDS = 5.0  # of CPU time for one example; most take milliseconds
@@ -213,6 +220,54 @@ def _change_metadata(draw: st.DrawFn, metadata: dict[str, str]) -> None:
         del metadata[name]
     else:
         metadata[name] = json.dumps(change_json(draw, inner)) if action == "inside" else draw(st.text(max_size=20))
+
+
+_PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_NAMES = ("token_embd.weight", *(f"blk.{layer}.{part}.weight" for layer in range(2) for part in _PARTS))
+_KINDS = (*(kind for kind in GgmlType if not kind.dense), GgmlType.F32, GgmlType.F16, GgmlType.BF16)
+
+
+@fuzz
+@given(data=st.data())
+def test_a_changed_gguf_file_is_read_or_refused(data: st.DataObject) -> None:
+    """Files whose container is right: what their metadata and tables say is changed."""
+    metadata: dict[str, Any] = dict(LLAMA)
+    tensors = dict.fromkeys(_NAMES, ((32, 256), GgmlType.Q8_0))
+    for _ in range(data.draw(st.integers(1, 3))):
+        if data.draw(st.booleans()):
+            key = data.draw(st.sampled_from([*sorted(LLAMA), "general.alignment", "split.count", "llama.rope.scaling"]))
+            metadata[key] = data.draw(st.one_of(SCALARS, st.lists(NUMBERS, max_size=3)))
+        else:
+            name = data.draw(st.sampled_from(_NAMES))
+            tensors.pop(name, None)
+            renamed = data.draw(
+                st.sampled_from([name, f"{name}.x", name.replace("0", "10000000"), "rope_freqs.weight"])
+            )
+            sides = data.draw(st.lists(st.sampled_from([0, 1, 2, 32, 33, 256, 2**20]), min_size=1, max_size=3))
+            tensors[renamed] = (tuple(sides), data.draw(st.sampled_from(_KINDS)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gguf"
+        if _write_gguf(path, metadata, tensors):
+            check(path)
+            with contextlib.suppress(LowbitError):
+                config_of(open_gguf(path))
+                tokenizer_of(open_gguf(path).metadata)
+
+
+def _write_gguf(path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[tuple[int, ...], GgmlType]]) -> bool:
+    """Whether there is such a file: what the format itself can't hold is tried byte by byte elsewhere."""
+    entries = []
+    for name, (shape, kind) in tensors.items():
+        rows = math.prod(shape[:-1])
+        if shape[-1] % kind.block_elements or rows * kind.row_bytes(shape[-1]) > 2**20:
+            return False
+        size = rows * kind.row_bytes(shape[-1])
+        entries.append(Entry(name, shape, kind, functools.partial(bytes, size)))
+    try:
+        write_gguf(path, {key: value for key, value in metadata.items() if value is not None}, entries)
+    except (LowbitError, ValueError, OverflowError, TypeError, struct.error):
+        return False
+    return True
 
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner)))

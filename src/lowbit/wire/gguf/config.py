@@ -17,6 +17,7 @@ from lowbit.wire.gguf.names import ROPE_TENSORS, blocks_of, find_architecture
 
 _LIMIT: Final = 1 << 31
 _FP32_LIMIT: Final = 3.4e38
+_WHOLE: Final = ("_count", "_length", "_count_kv")  # endings of keys whose values count something
 _REQUIRED: Final = ("block_count", "embedding_length", "attention.head_count")
 TOKENS: Final = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
@@ -87,16 +88,20 @@ def _value(metadata: Mapping[str, Any], key: str, *, required: bool) -> Any:
         return None
     if isinstance(value, list) and value and all(entry == value[0] for entry in value):
         value = value[0]  # some writers repeat it for each block
-    if isinstance(value, bool):
+    whole = key.endswith(_WHOLE)
+    if isinstance(value, bool) and not whole:
         return value
-    if isinstance(value, int) and 0 <= value < _LIMIT:
+    if type(value) is int and 0 <= value < _LIMIT:
         if value == 0 and (required or key.endswith("head_count_kv")):
             raise FormatError("a count of the configuration is out of range", tensor=key, found=value)
         return value
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and math.isfinite(value) and not whole:
         return shortest(value)
     raise FormatError(
-        "a value of the configuration is out of range", tensor=key, found=repr(value)[:80], expected="a finite number"
+        "a value of the configuration is out of range",
+        tensor=key,
+        found=repr(value)[:80],
+        expected="a whole number" if whole else "a finite number",
     )
 
 
