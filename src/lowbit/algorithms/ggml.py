@@ -17,7 +17,7 @@ from lowbit.algorithms.base import Algorithm
 from lowbit.algorithms.kquants import fp32
 from lowbit.core import FloatCode, QuantSpec, QuantTensor, pack
 from lowbit.core.ggml import GGML_SPECS, ggml_type_of
-from lowbit.core.tables import E2M1, IQ4_NL
+from lowbit.core.tables import E2M1, IQ4_NL, SIGN
 from lowbit.errors import PlanError
 
 _CHUNK: Final = 1 << 19  # weights quantized at once: what a search keeps of them fits a processor's cache
@@ -133,19 +133,48 @@ def _bytes(name: str, rows: Tensor) -> Parts:
 
 
 def _mxfp4(name: str, rows: Tensor) -> Parts:
-    """The power of two that brings the largest value into 4 to 8, then the nearest number, the first of two."""
+    """The power of two that brings the largest value into 4 to 8, then the nearest number."""
     del name
-    table = torch.tensor(E2M1, device=rows.device)
     blocks = _blocks(rows, 32)
     magnitude = blocks.abs().amax(1, keepdim=True)
     # The logarithm is rounded to fp32 before it is rounded down, as in C: just below a power of two that matters.
     exponent = magnitude.double().log2().float().floor() + 125
     exponent = torch.where(magnitude > 0, exponent, 0).clamp(0, 254).to(torch.uint8)
-    scale = exponent.view(torch.float8_e8m0fnu)
+    return _nearest_e2m1(blocks, exponent.view(torch.float8_e8m0fnu), len(rows))
+
+
+def _nvfp4(name: str, rows: Tensor) -> Parts:
+    """The scale in E4M3 that brings the largest value to 6, then the nearest number."""
+    del name
+    blocks = _blocks(rows, 16)
+    scale = _e4m3(blocks.abs().amax(1, keepdim=True) / 6)
+    return _nearest_e2m1(blocks, scale, len(rows))
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    """Positive numbers as ggml rounds them: halves up, and what is past the range to the greatest."""
+    x = x.clamp(max=448)
+    # Adding half a unit of the last place kept and cutting the rest off rounds halves up, into the exponent if need be.
+    rounded = ((x.view(torch.int32) + (1 << 19)) >> 20 << 20).view(torch.float32)
+    small = (x * 512 + 0.5).floor().clamp(max=7) / 512
+    return torch.where(x < 2.0**-6, small, rounded).clamp(max=448).to(torch.float8_e4m3fn)
+
+
+def _nearest_e2m1(blocks: Tensor, scale: Tensor, rows: int) -> Parts:
+    """The first of the nearest numbers."""
+    table = torch.tensor(E2M1, device=blocks.device)
     candidates = scale.float() * table
     errors = (candidates.unsqueeze(1) - blocks.unsqueeze(2)).abs_()
-    codes = errors.argmin(2)
-    return {"codes": _codes(codes, len(rows), 4), "scales": scale, "table": table}
+    return {"codes": _codes(errors.argmin(2), rows, 4), "scales": scale, "table": table}
+
+
+def _sign(name: str, rows: Tensor) -> Parts:
+    """Q1_0: the mean of the magnitudes, and a sign."""
+    del name
+    blocks = _blocks(rows, 128)
+    scale = kquants.total(blocks.abs().t().contiguous()) / 128
+    table = torch.tensor(SIGN, device=rows.device)
+    return {"codes": _codes(blocks >= 0, len(rows), 1), "scales": scale.half(), "table": table}
 
 
 def _ternary(name: str, rows: Tensor) -> Parts:
@@ -291,6 +320,8 @@ MAKERS: Final = {
     "TQ1_0": Maker(_SUPER, _ternary),
     "TQ2_0": Maker(_SUPER, _ternary),
     "MXFP4": Maker(32, _mxfp4),
+    "NVFP4": Maker(64, _nvfp4),
+    "Q1_0": Maker(128, _sign),
     "F32": Maker(1, _cast),
     "F16": Maker(1, _cast),
     "BF16": Maker(1, _cast),

@@ -75,6 +75,8 @@ _NAMES: Final[Mapping[str, tuple[GgmlType, int]]] = {
     "TQ2_0": (_T.TQ2_0, 37),
     "MXFP4_MOE": (_T.MXFP4, 38),
     "MXFP4": (_T.MXFP4, 38),
+    "NVFP4": (_T.NVFP4, 39),
+    "Q1_0": (_T.Q1_0, 40),
 }
 _ALIASES: Final = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 MIXTURES: Final = (*_NAMES, *_ALIASES)
@@ -89,6 +91,8 @@ _NARROW: Final = {
     _T.Q4_K: _T.Q5_0,
     _T.Q5_K: _T.Q5_1,
     _T.Q6_K: _T.Q8_0,
+    _T.NVFP4: _T.Q4_0,
+    _T.Q1_0: _T.Q4_0,
 }
 
 _LAYER: Final = re.compile(r"blk\.(\d{1,6})\.")
