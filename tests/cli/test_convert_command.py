@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lowbit import open_checkpoint
 from lowbit.cli.convert import parse_size
 from lowbit.errors import PlanError
 from outcome import Lowbit
@@ -17,9 +18,9 @@ def gptq(lowbit: Lowbit, small: Path, tmp_path: Path) -> Path:
     return tmp_path / "gptq"
 
 
-def test_gptq_to_awq_to_hqq_and_back_gives_the_same_file(lowbit: Lowbit, gptq: Path, tmp_path: Path) -> None:
+def test_gptq_through_three_formats_and_back_gives_the_same_file(lowbit: Lowbit, gptq: Path, tmp_path: Path) -> None:
     source = gptq
-    for number, to in enumerate(("awq", "hqq", "gptq")):
+    for number, to in enumerate(("awq", "compressed-tensors", "hqq", "gptq")):
         outcome = lowbit("convert", source, tmp_path / f"{number}", "--to", to)
         assert outcome.status == 0, outcome.err
         assert "28 of 28 to the bit" in outcome.out
@@ -45,6 +46,33 @@ def test_refused_rounded_anew_and_dequantized(lowbit: Lowbit, gptq: Path, small:
     assert lowbit("inspect", target, "--json").json["bits_per_weight"] == 32
     assert len(list(target.glob("model-*.safetensors"))) > 4
     assert "is dense; 'lowbit quantize'" in lowbit("convert", small, tmp_path / "x", "--to", "gptq").mistake
+
+
+def test_gguf_files(lowbit: Lowbit, small: Path, tmp_path: Path) -> None:
+    file, again, packed = tmp_path / "a.gguf", tmp_path / "b.gguf", tmp_path / "packed"
+    assert lowbit("convert", small, file, "--to", "gguf:Q8_0").status == 0
+    assert "29 of 29 to the bit" in lowbit("convert", file, packed, "--to", "gptq").out
+    report = lowbit("inspect", packed, "--json").json
+    assert (report["format"], len(report["weights"])) == ("gptq", 28)
+    assert (packed / "tokenizer.json").is_file()
+    assert lowbit("convert", packed, again, "--to", "gguf:Q8_0").status == 0
+    before, after = open_checkpoint(file).weights, open_checkpoint(again).weights
+    assert list(after) == list(before)
+    for name, tensor in before.items():
+        assert tensor.equal(after[name]), name
+
+
+def test_gguf_files_that_lose(lowbit: Lowbit, gptq: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    assert "can't hold these numbers to the bit" in lowbit("convert", gptq, file, "--to", "gguf:Q4_0").mistake
+    assert not file.exists()
+    outcome = lowbit("convert", gptq, file, "--to", "gguf:Q4_0", "--requantize")
+    assert "rounded anew      28: changed by 6." in outcome.out
+    assert "exists; --overwrite" in lowbit("convert", gptq, file, "--to", "gguf:Q4_0").mistake
+    assert "ends in .gguf" in lowbit("convert", gptq, tmp_path / "x", "--to", "gguf").mistake
+    assert "gguf:F16" in lowbit("convert", gptq, file, "--to", "gguf:Q4_0", "--dtype", "float16").mistake
+    parts = lowbit("convert", gptq, tmp_path / "b.gguf", "--to", "gguf", "--shard-size", "3MB")
+    assert parts.status == 0 and len(list(tmp_path.glob("b-*-of-*.gguf"))) > 2
 
 
 def test_sizes() -> None:

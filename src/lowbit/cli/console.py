@@ -56,7 +56,8 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar with the time left on stderr, only where that is a terminal.
 
     Yields:
-        A function to call with how much has been done since the last call, and optionally a new `description`.
+        A function to call with how much has been done since the last call, and optionally a new `description` or
+        `total`.
     """
     console = Console(stderr=True)
     columns = (
@@ -70,8 +71,8 @@ def progress(description: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total)
 
-        def advance(done: int = 0, description: str | None = None) -> None:
-            bar.update(task, advance=done, description=description)
+        def advance(done: int = 0, description: str | None = None, total: int | None = None) -> None:
+            bar.update(task, advance=done, description=description, total=total)
 
         yield advance
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections import Counter
@@ -18,8 +19,10 @@ from lowbit.algorithms import quantize
 from lowbit.core import QuantSpec, QuantTensor, dtypes
 from lowbit.core.respell import respell, simplest, why_not
 from lowbit.errors import FormatError, LowbitError, PlanError, SpecError
+from lowbit.integrations.transformers.gguf import load_tokenizer
 from lowbit.integrations.transformers.outline import Outline, outline
 from lowbit.wire import Checkpoint, Wire, wire_named, wires
+from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles
 from lowbit.wire.shards import SHARD_BYTES, ShardWriter
 from lowbit.wire.store import SIDECARS, read_json
 
@@ -132,7 +135,9 @@ class Conversion:
         self.settings: Any = None
         self.steps = 2 * len(source.weights) + len(source.dense)
         self.cost = Cost()
-        self._outline: Outline = outline(source.files.folder)
+        self.config = _config_of(source)
+        is_gguf = isinstance(source.files, GgufCheckpointFiles)
+        self._outline: Outline = outline(source.files.folder, self.config if is_gguf else None)
 
     # ------------------------------------------------------------------------------------------------------ before
 
@@ -181,7 +186,8 @@ class Conversion:
         plain = {name: weight.plain for name, weight in self.weights.items()}
         for specs in (plain, {name: weight.spec for name, weight in self.weights.items()}):
             with contextlib.suppress(FormatError):
-                own = {name: self._settings_for(wire, spec) for name, spec in specs.items()}
+                packed = [name for name in specs if not self._is_outside(name)]
+                own = {name: self._settings_for(wire, specs[name]) for name in packed}
                 variants.append((own, specs))
                 yield wire.join(own, kept), specs
         for own, specs in variants:
@@ -203,11 +209,12 @@ class Conversion:
         own, name = {}, ""
         try:
             for name, weight in self.weights.items():
-                own[name] = self._settings_for(wire, weight.spec)
+                if not self._is_outside(name):
+                    own[name] = self._settings_for(wire, weight.spec)
+            name = ""
             wire.join(own, self._kept())
         except FormatError as error:
-            where = "" if len(own) == len(self.weights) else f"{name}: "
-            return f"{where}{error}{_OTHERWISE}"
+            return f"{name}{': ' if name else ''}{error}{_OTHERWISE}"
         return f"no settings of '{wire.name}' fit all weights"
 
     def _apply(
@@ -216,10 +223,13 @@ class Conversion:
         """Every weight with its target under these settings, and the first reason why one can't be spelled so."""
         chosen, first = {}, None
         for name, weight in self.weights.items():
+            if self._is_outside(name):
+                chosen[name] = weight
+                continue
             own = wire.of(settings, name)
-            target: QuantSpec | None = wire.spelling(own, specs[name])
-            unfit = wire.refusal(own, target, weight.shape) if target else None
-            reason = unfit or (why_not(weight.spec, target) if target else None)
+            target = wire.spelling(own, specs[name])
+            unfit = wire.refusal(own, target, weight.shape)
+            reason = unfit or why_not(weight.spec, target)
             if reason and first is None:
                 first = f"{name} can't be spelled in '{wire.name}': {reason}{_OTHERWISE}"
             chosen[name] = Weight(weight.spec, weight.plain, weight.shape, None if unfit else target)
@@ -227,6 +237,10 @@ class Conversion:
 
     def _kept(self) -> list[str]:
         return self._outline.kept(set(self.weights), self.source.dense)
+
+    def _is_outside(self, module: str) -> bool:
+        """Whether a weight becomes dense for other formats: GGUF files hold embeddings and heads packed as well."""
+        return isinstance(self.source.files, GgufCheckpointFiles) and not any(map(str.isdigit, module.split(".")))
 
     # ------------------------------------------------------------------------------------------------------- doing
 
@@ -252,7 +266,10 @@ class Conversion:
             advance(1)
         files = writer.close()
         self._write_config(folder)
-        copy_companions(self.source.files.folder, folder)
+        if isinstance(self.source.files, GgufCheckpointFiles):
+            load_tokenizer(self.source.files.path).save_pretrained(folder)
+        else:
+            copy_companions(self.source.files.folder, folder)
         for file in files:  # written for the owner alone; whoever may read the config may read these
             file.chmod((folder / "config.json").stat().st_mode)
         return self.cost
@@ -268,7 +285,7 @@ class Conversion:
     def _convert(self, module: str) -> dict[str, Tensor]:
         wire, weight, tensor = self.target.wire, self.weights[module], self.source.weights[module]
         if wire is None or weight.target is None:
-            self.cost.dense += wire is not None
+            self.cost.dense += wire is not None and not self._is_outside(module)
             return {"weight": self._dense_weight(module, tensor)}
         try:
             spelled = respell(tensor, weight.target)
@@ -297,12 +314,11 @@ class Conversion:
         return tensor.to(self.target.dtype) if self.target.dtype and is_plain_float else tensor
 
     def _config_dtype(self) -> torch.dtype | None:
-        config = read_json(self.source.files.folder / "config.json")
-        named = config.get("dtype") or config.get("torch_dtype")
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
         return dtypes.FLOATS.get(named) if isinstance(named, str) else None
 
     def _write_config(self, folder: Path) -> None:
-        config = read_json(self.source.files.folder / "config.json")
+        config = copy.deepcopy(self.config)
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 part.pop("quantization_config", None)
@@ -317,6 +333,13 @@ class Conversion:
 
 
 _OTHERWISE: Final = "; --requantize rounds such weights anew, and --to dense keeps every bit"
+
+
+def _config_of(source: Checkpoint) -> dict[str, Any]:
+    """What ``config.json`` says; of a GGUF file, what it would."""
+    if isinstance(source.files, GgufCheckpointFiles):
+        return dict(source.files.config)
+    return read_json(source.files.folder / "config.json")
 
 
 class _Same:

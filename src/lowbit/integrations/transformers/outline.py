@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -45,10 +46,18 @@ class Outline:
         return name in names or f"{self.prefix}.{name}" in names
 
 
-def outline(folder: Path) -> Outline:
-    """The outline of the model in a checkpoint's folder; empty where Transformers has no such model."""
+def outline(folder: Path, data: Mapping[str, Any] | None = None) -> Outline:
+    """The outline of the model of a configuration; empty where Transformers has no such model.
+
+    Args:
+        folder: of the checkpoint.
+        data: what its ``config.json`` would say, where there is none.
+    """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        if data is None:
+            config = transformers.AutoConfig.from_pretrained(folder)
+        else:
+            config = transformers.AutoConfig.for_model(**data)
     except (OSError, ValueError, KeyError, ImportError):
         return Outline()
     for name in _CLASSES:
