@@ -161,11 +161,12 @@ def test_older_places_of_the_config(asym: Path, tmp_path: Path, key: str) -> Non
 
 def test_the_scales_of_a_cache_are_kept(asym: Path, tmp_path: Path) -> None:
     config = json.loads((asym / "config.json").read_text())
+    # Two generations of files: beside attention, and beside the layers whose outputs are cached.
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    scales = {
-        f"model.layers.{number}.self_attn.{part}_scale": torch.ones(1) * number for number in (0, 1) for part in "kv"
-    }
+    attention = [f"model.layers.{number}.self_attn." for number in (0, 1)]
+    endings = ("k_scale", "v_scale", "k_proj.output_scale")
+    scales = {path + ending: torch.ones(1) * len(ending) for path in attention for ending in endings}
     save_file({**load_file(asym / "model.safetensors"), **scales}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match="4 scales for a quantized cache"):
         model = load(tmp_path)

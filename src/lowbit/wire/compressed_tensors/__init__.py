@@ -16,18 +16,12 @@ the global one. ``config_groups`` gives each module a scheme, by its name, an ex
 """
 
 from lowbit.wire.compressed_tensors.schemes import PRESETS, Args, Scheme, Sparsity
+from lowbit.wire.compressed_tensors.settings import CompressedTensorsSettings, flatten
 from lowbit.wire.compressed_tensors.specs import spec_of
 from lowbit.wire.compressed_tensors.targets import first_match
-from lowbit.wire.compressed_tensors.wire import (
-    KV_SUFFIXES,
-    METHOD,
-    CompressedTensorsSettings,
-    CompressedTensorsWire,
-    flatten,
-)
+from lowbit.wire.compressed_tensors.wire import METHOD, CompressedTensorsWire
 
 __all__ = [
-    "KV_SUFFIXES",
     "METHOD",
     "PRESETS",
     "Args",
