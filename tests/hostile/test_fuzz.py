@@ -33,7 +33,6 @@ from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowbit.wire.gguf import Entry, GgmlType, open_gguf, write_gguf
 from lowbit.wire.gguf.config import config_of
 from samples import MODEL, MODULES, Sample, samples
-from test_gguf import LLAMA
 
 EXAMPLES = int(os.environ.get("LOWBIT_FUZZ_EXAMPLES", "25"))
 SECONDS = 5.0  # of CPU time for one example; most take milliseconds
@@ -222,6 +221,21 @@ def _change_metadata(draw: st.DrawFn, metadata: dict[str, str]) -> None:
         metadata[name] = json.dumps(change_json(draw, inner)) if action == "inside" else draw(st.text(max_size=20))
 
 
+LLAMA: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 64,
+    "llama.embedding_length": 256,
+    "llama.feed_forward_length": 32,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": ["<s>", "a", "b", "ab"],
+    "tokenizer.ggml.token_type": [3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
+    "tokenizer.ggml.bos_token_id": 0,
+}
 _PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _NAMES = ("token_embd.weight", *(f"blk.{layer}.{part}.weight" for layer in range(2) for part in _PARTS))
 _KINDS = (*(kind for kind in GgmlType if not kind.dense), GgmlType.F32, GgmlType.F16, GgmlType.BF16)
