@@ -365,6 +365,7 @@ def test_the_configuration_that_the_others_are_made_from_is_valid(tmp_path: Path
     ("key", "value"),
     [
         ("llama.block_count", 10**9), ("llama.block_count", 0), ("llama.block_count", 1), ("llama.block_count", "2"),
+        ("llama.block_count", 2.0), ("llama.context_length", True),
         ("llama.embedding_length", 2**31), ("llama.attention.head_count", 0),
         ("llama.attention.head_count", -1), ("llama.attention.head_count_kv", 3),
         ("llama.attention.layer_norm_rms_epsilon", float("nan")),
