@@ -204,6 +204,9 @@ def test_scaled_activations_of_awq(kind: str, tmp_path: Path) -> None:
     assert not torch.equal(tiny.logits(model, "llama"), expected)
     again = reload(loaded, tmp_path / "again")
     assert torch.equal(tiny.logits(again, "llama"), expected)
+    dense = loaded.dequantize()
+    assert not any(isinstance(module, ScaledActivation) for module in dense.modules())
+    torch.testing.assert_close(tiny.logits(dense, "llama"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scales_for_an_activation_that_the_model_lacks(tmp_path: Path) -> None:

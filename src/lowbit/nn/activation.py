@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +41,14 @@ def scale_activations(model: nn.Module, sizes: dict[str, int], dtype: torch.dtyp
         model.set_submodule(name, ScaledActivation(act, torch.empty(size, dtype=dtype, device="meta")))
 
 
-def fold_activations(model: nn.Module, names: Collection[str] | None = None) -> None:
+def fold_activations(model: nn.Module) -> None:
     """Move the scales of activations into the dense layers behind them, so that the model has none any more.
 
     Raises:
         PlanError: which layer comes behind an activation can't be told by its size.
     """
     for name, module in list(model.named_modules()):
-        if not isinstance(module, ScaledActivation) or (names is not None and name not in names):
+        if not isinstance(module, ScaledActivation):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         behind = [

@@ -38,6 +38,7 @@ from lowbit.integrations.transformers.saving import (
 )
 from lowbit.integrations.transformers.tables import dequantize_tables, put_table
 from lowbit.nn import QuantExperts, QuantLinear, QuantStack, plan_model
+from lowbit.nn.activation import fold_activations
 from lowbit.nn.embedding import QuantEmbedding, TiedHead, is_embedding
 from lowbit.nn.planning import default_keep
 from lowbit.nn.swap import dense_linear
@@ -329,6 +330,7 @@ class LowbitQuantizer(HfQuantizer):
                 model.set_submodule(name, dense)
             elif isinstance(layer, QuantExperts):
                 dequantize_experts(model, name, layer, wanted)
+        fold_activations(model)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
