@@ -130,6 +130,7 @@ def models() -> dict[str, Any]:
             "_default": quant_api.Int8WeightOnlyConfig(),
         }
     )
+    found["embeddings"] = quant_api.FqnToConfig({"model.embed_tokens": intx(8, None), "_default": variants()["8da4w"]})
     return found
 
 
@@ -160,7 +161,7 @@ def main(folder: Path, sources: Path) -> None:
 
     (folder / "models").mkdir()
     for name, config in models().items():
-        wrapped = transformers.TorchAoConfig(config)
+        wrapped = transformers.TorchAoConfig(config, include_input_output_embeddings=name == "embeddings")
         model = load(folder / "dense", quantization_config=wrapped)
         save_file(describe(model), folder / "models" / f"{name}.safetensors")
         model.save_pretrained(folder / "models" / name)

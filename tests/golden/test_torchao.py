@@ -16,6 +16,7 @@ import lowbit
 from lowbit.core import linear
 from lowbit.integrations.transformers.methods import make_recipe
 from lowbit.nn import QuantLinear
+from lowbit.nn.embedding import QuantEmbedding
 from lowbit.wire.torchao import TorchAoSettings, TorchAoWire
 
 apart.require("torchao")
@@ -146,7 +147,7 @@ def test_layers_compute_what_those_of_torchao_do(layers: dict[str, Any]) -> None
     assert seen >= 7
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-dynamic", "float8-dynamic", "8da4w", "per-module"])
+@pytest.mark.parametrize("name", ["int8", "int8-dynamic", "float8-dynamic", "8da4w", "per-module", "embeddings"])
 def test_checkpoints_of_torchao_load_with_equal_weights_and_logits(folder: Path, name: str, tmp_path: Path) -> None:
     expected = load_file(folder / "models" / f"{name}.safetensors")
     logits = expected.pop("logits")
@@ -154,11 +155,12 @@ def test_checkpoints_of_torchao_load_with_equal_weights_and_logits(folder: Path,
     checkpoint = lowbit.open_checkpoint(path)
     assert set(checkpoint.weights) == set(expected)
     model = lowbit.AutoModelForCausalLM.from_pretrained(path)
-    packed = {module: layer for module, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    kinds = (QuantLinear, QuantEmbedding)
+    packed = {module: layer for module, layer in model.named_modules() if isinstance(layer, kinds)}
     assert set(packed) == set(expected)
     for module, tensor in expected.items():
         assert torch.equal(checkpoint.weights[module].dequantize(tensor.dtype), tensor), module
-        assert torch.equal(packed[module].dequantize(tensor.dtype), tensor), module
+        assert torch.equal(packed[module].quant_tensor().dequantize(tensor.dtype), tensor), module
     with torch.no_grad():
         difference = (model(IDS).logits - logits).abs().max()
     assert difference <= LOGITS * logits.abs().max()

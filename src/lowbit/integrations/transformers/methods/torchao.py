@@ -31,7 +31,8 @@ class TorchAoConfig(QuantizationConfigMixin):
         quant_type: one of torchao's config objects; a dict as it stands in ``config.json``; or, as in Transformers 4,
             ``int4_weight_only``, ``int8_weight_only`` or ``int8_dynamic_activation_int8_weight``.
         modules_to_not_convert: patterns of modules that stay dense.
-        include_input_output_embeddings: not supported; packed embeddings are refused when the model is loaded.
+        include_input_output_embeddings: embeddings and output heads are packed; such checkpoints are read, but dense
+            ones are not packed so on the fly.
         untie_embedding_weights: means something only with the former.
         kwargs: arguments of a `quant_type` that is a text: ``group_size`` and ``inner_k_tiles`` (which describes the
             layout of a kernel and is not used), or ``group_size``.
@@ -101,11 +102,6 @@ def _encode(value: Any, depth: int) -> Any:
 def recipe(config: Any, data: Mapping[str, Any]) -> Recipe:
     """A torchao config, understood."""
     settings = _WIRE.parse(data)
-    if settings.embeddings:
-        raise PlanError(
-            "include_input_output_embeddings packs embeddings, which lowbit doesn't do for torchao; leave it out to "
-            "keep them and the output head dense"
-        )
     return Recipe(
         wire=_WIRE,
         settings=settings,
@@ -135,4 +131,17 @@ def _algorithm(settings: TorchAoSettings, module: str) -> Algorithm:
     return AffineIntegers(config.mapping, reduced=config.reduced, fitted=config.fitted, floor=floor)
 
 
-METHOD = Method("torchao", TorchAoConfig, recipe)
+def prepare(config: Any) -> None:
+    """Refuse to pack embeddings on the fly; those of stored checkpoints are read.
+
+    Raises:
+        PlanError: the config asks for it.
+    """
+    if getattr(config, "include_input_output_embeddings", False):
+        raise PlanError(
+            "include_input_output_embeddings packs embeddings, which lowbit doesn't do on the fly; leave it out to "
+            "keep them and the output head dense"
+        )
+
+
+METHOD = Method("torchao", TorchAoConfig, recipe, prepare=prepare)
