@@ -8,6 +8,8 @@ CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 # More for pytest: make test PYTEST_ARGS="-k awq -x"
 PYTEST_ARGS ?=
+# Of each checkpoint that `make fuzz` changes, how many changed ones it tries; `make test` tries 25.
+FUZZ_EXAMPLES ?= 500
 # What meets Transformers, and so is tested with the older one too.
 TRANSFORMERS_TESTS ?= tests/nn tests/integrations tests/e2e tests/docs/test_twelfth_method.py
 
@@ -44,7 +46,7 @@ test-transformers-5.17: $(VENV)/.installed-transformers
 	$(OLDER) $(PYTEST) $(TRANSFORMERS_TESTS)
 
 fuzz: $(VENV)/.installed-dev
-	$(PYTEST) --hypothesis-profile=default
+	LOWBIT_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(PYTEST) --hypothesis-profile=default
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
