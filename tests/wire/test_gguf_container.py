@@ -154,6 +154,20 @@ def test_raw_is_a_view_that_does_not_write(tmp_path: Path) -> None:
         GgufFile(path).dense("q")
 
 
+def test_a_file_larger_than_the_memory(tmp_path: Path) -> None:
+    """Sparse: the last tensor lies a tebibyte behind the first, and nothing is in between."""
+    path, far = tmp_path / "x.gguf", 1 << 40
+    write_gguf(path, {}, entries(2))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.1.weight") + len("blk.1.weight") + 4 + 16 + 4
+    content[at : at + 8] = far.to_bytes(8, "little")
+    path.write_bytes(content)
+    with path.open("r+b") as file:
+        file.truncate(len(content) - 2 * 384 + far + 384)
+    assert float(open_gguf(path).dense("blk.1.weight").sum()) == 0
+    assert float(open_gguf(path).dense("blk.0.weight")[2, 31]) == 95
+
+
 def test_a_header_is_parsed_from_bytes(tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", {"a": [1, 2]}, entries(2))
     header = parse_header((tmp_path / "x.gguf").read_bytes())

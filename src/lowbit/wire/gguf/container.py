@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -39,6 +40,7 @@ _MAX_NAME: Final = 1 << 16
 _MAX_DEPTH: Final = 4  # of arrays in arrays; none is known to be deeper than one
 # Python's objects are larger than the bytes they come from; the largest vocabularies have a few million entries.
 _MAX_VALUES: Final = 1 << 23
+_NO_RESERVE: Final = 0x4000  # MAP_NORESERVE, which Python has no name for before 3.13
 _LENGTH: Final = struct.Struct("<Q")
 _PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -207,7 +209,10 @@ def _value(file: GgufFile, key: str, default: int | None) -> int:
 
 
 def _map(path: Path) -> mmap.mmap:
-    """Map a file, private to this process: torch wants memory that could be written to."""
+    """Map a file, private to this process: torch wants memory that could be written to.
+
+    Linux would refuse to map a file larger than the memory that way, unless it is told to reserve none.
+    """
     try:
         if not path.is_file():
             raise FormatError("there is no such file", file=str(path))
@@ -217,6 +222,8 @@ def _map(path: Path) -> mmap.mmap:
                 raise FormatError("this is a git-lfs pointer, not the weights: run 'git lfs pull'", file=str(path))
             if path.stat().st_size < _HEADER:
                 raise FormatError("the file ends within its header", file=str(path), found=path.stat().st_size)
+            if sys.platform == "linux":
+                return mmap.mmap(file.fileno(), 0, _NO_RESERVE | mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise FormatError(f"can't be read: {error.strerror or error}", file=str(path)) from error
