@@ -232,6 +232,21 @@ def test_truncation_at_every_byte(tmp_path: Path) -> None:
     open_gguf(path)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 32), (2, 0, 32), (1, 1, 1, 0)])
+def test_tensors_without_elements_are_read_but_are_no_weights(shape: tuple[int, ...], tmp_path: Path) -> None:
+    kinds = [GgmlType.F32, GgmlType.BF16, GgmlType.Q8_0, GgmlType.IQ2_S]
+    fitting = [kind for kind in kinds if shape[-1] % kind.block_elements == 0]
+    write_gguf(tmp_path / "x.gguf", {}, [Entry(kind.name, shape, kind, bytes) for kind in fitting])
+    opened = open_gguf(tmp_path / "x.gguf")
+    for kind in fitting:
+        raw, rows = opened.raw(kind.name), opened.tensors[kind.name].rows
+        if kind.dense:
+            assert opened.dense(kind.name).shape == shape
+        else:
+            with pytest.raises(FormatError, match="without elements"):
+                read_blocks(kind, raw, (rows, shape[-1]))
+
+
 def test_many_tensors_take_no_square_of_time(tmp_path: Path) -> None:
     entries = [entry(f"{number}", offset=96 * number) for number in range(20_000)]
     (tmp_path / "x.gguf").write_bytes(build(entries=entries, data=bytes(96 * 20_000)))

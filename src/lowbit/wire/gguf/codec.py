@@ -180,9 +180,11 @@ def read_blocks(kind: GgmlType, raw: Tensor, shape: tuple[int, int]) -> QuantTen
         shape: ``(out, in)``.
 
     Raises:
-        FormatError: wrong shape, or a scale that is infinite or no number.
+        FormatError: wrong or empty shape, or a scale that is infinite or no number.
     """
     spec = spec_of(kind)
+    if 0 in shape:
+        raise FormatError("a weight without elements", found=list(shape))
     expected = (shape[0], kind.row_bytes(shape[1]))
     if shape[1] % kind.block_elements or tuple(raw.shape) != expected or raw.dtype != torch.uint8:
         raise FormatError(
@@ -191,11 +193,11 @@ def read_blocks(kind: GgmlType, raw: Tensor, shape: tuple[int, int]) -> QuantTen
     if isinstance(spec.code, FloatCode):
         return QuantTensor(spec, {"codes": _numbers(raw, spec.code.dtype)}, shape).validate()
     if isinstance(spec.code, BlockCode):
-        codes = raw.view(shape[0], -1, spec.code.nbytes) if raw.numel() else raw.view(shape[0], 0, spec.code.nbytes)
+        codes = raw.view(shape[0], -1, spec.code.nbytes)
         _require_finite(block_scales(spec.code.name, codes), kind)
         return QuantTensor(spec, {"codes": codes}, shape).validate()
     tensors = _empty(spec, shape, raw.device)
-    step = max(1, _CHUNK // max(shape[1], 1))
+    step = max(1, _CHUNK // shape[1])
     for start in range(0, shape[0], step):
         _read_rows(kind, raw[start : start + step], tensors, start)
     for name in ("scales", "super_scales", "zeros", "super_zeros"):

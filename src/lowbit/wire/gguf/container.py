@@ -119,7 +119,7 @@ class GgufFile:
             raise FormatError(
                 "the tensor is quantized", file=str(self.path), tensor=name, found=info.type.name, expected="F32, F16.."
             )
-        raw, dtype = self.raw(name), DTYPES[info.type]
+        raw, dtype = self.raw(name).view(-1), DTYPES[info.type]
         aligned = raw if info.offset % dtype.itemsize == 0 else raw.clone()
         return aligned.view(dtype).view(info.shape)
 
