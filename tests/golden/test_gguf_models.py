@@ -2,7 +2,7 @@
 
 Stock Transformers 5.23 can't read, or reads wrongly, models with heads of another size than hidden / heads (Qwen3),
 Falcon-40B's order of rows, Mistral by name, Mixtral, stacked experts of another width than its defaults, scaled rotary
-positions; those are compared with the dense originals in ``tests/integrations/test_gguf.py``.
+positions; those are compared with the dense originals in ``tests/integrations/test_gguf_auto.py``.
 """
 
 from __future__ import annotations
