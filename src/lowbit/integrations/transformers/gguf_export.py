@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.core import QuantTensor, respell
+from lowbit.core.respell import simplest
 from lowbit.errors import FormatError, PlanError, SpecError
 from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_metadata, tokenizer_of
 from lowbit.wire.gguf.architectures import Architecture
@@ -213,7 +214,7 @@ def _kept_type(target: str, shape: tuple[int, ...], weight: Weight) -> GgmlType:
         return GgmlType.F32
     value = weight.read()
     if isinstance(value, QuantTensor):
-        return nearest_type(value.spec)
+        return nearest_type(simplest(value))
     return next((kind for kind, dtype in DTYPES.items() if dtype == value.dtype), GgmlType.F32)
 
 

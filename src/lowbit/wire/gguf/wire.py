@@ -154,7 +154,9 @@ def nearest_type(spec: QuantSpec) -> GgmlType:
         raise FormatError(
             "GGUF has no type of this kind", found=str(spec), expected="integers in groups along the inputs"
         )
-    shifted = spec.zero is not None and spec.zero.kind != "integer"
+    if spec.zero is not None and spec.zero.kind == "integer":
+        return GgmlType.Q8_0  # Its numbers have no zero points and room for those of the codes.
+    shifted = spec.zero is not None
     for bits, plain, with_minimum in ((4, GgmlType.Q4_0, GgmlType.Q4_1), (5, GgmlType.Q5_0, GgmlType.Q5_1)):
         if spec.bits <= bits:
             return with_minimum if shifted else plain
