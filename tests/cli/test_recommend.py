@@ -12,6 +12,7 @@ import transformers
 
 import lowbit as library
 from lowbit.cli.recommend import parse_size
+from lowbit.cli.request import Format, Method, Request
 from lowbit.errors import PlanError
 from lowbit.integrations.recommend import CANDIDATES, cache_bytes, recommend
 from lowbit.integrations.transformers.methods import METHODS
@@ -42,7 +43,7 @@ def mistral(tmp_path: Path) -> Path:
 
 def test_the_best_that_fits_is_recommended(lowbit: Lowbit, mistral: Path) -> None:
     choices = {}
-    for memory in ("20GiB", "12GiB", "6.5GiB", "4.6GiB"):
+    for memory in ("20GiB", "9.5GiB", "5.7GiB", "4.4GiB"):
         report = lowbit("recommend", mistral, "--memory", memory, "--device", "cuda", "--json").json
         choices[memory] = report["choice"]
         assert report["choice"]["total_bytes"] <= report["memory_bytes"]
@@ -50,17 +51,19 @@ def test_the_best_that_fits_is_recommended(lowbit: Lowbit, mistral: Path) -> Non
         costs = [option["perplexity_increase_percent"] for option in [report["choice"], *report["alternatives"]]]
         assert costs == sorted(costs)
     assert choices["20GiB"]["method"] is None
-    assert choices["12GiB"]["title"] == "LLM.int8()"
-    assert choices["12GiB"]["command"].endswith("OUT --method int8")
-    assert choices["6.5GiB"]["config"].startswith("lowbit.BitsAndBytesConfig(load_in_4bit=True")
-    assert choices["4.6GiB"]["bits_per_weight"] < 4
+    assert choices["9.5GiB"]["title"] == "GGUF Q8_0"
+    assert choices["9.5GiB"]["command"] == f"lowbit convert {mistral} OUT.gguf --to gguf:Q8_0"
+    assert choices["9.5GiB"]["config"] == "lowbit.GgufConfig(type='Q8_0')"
+    assert choices["5.7GiB"]["bits_per_weight"] < 5
+    assert choices["4.4GiB"]["bits_per_weight"] < 4
 
 
 def test_what_is_said_on_a_screen(lowbit: Lowbit, mistral: Path) -> None:
     out = lowbit("recommend", mistral, "--memory", "8GiB", "--device", "cpu").out
-    assert "recommended       NF4" in out
+    assert "recommended       GGUF Q6_K, 6.562 bits per weight" in out
     assert "why               it needs" in out
-    assert f"lowbit quantize {mistral} OUT --method nf4 --double-quant" in out
+    assert f"lowbit convert {mistral} OUT.gguf --to gguf:Q6_K" in out
+    assert "NF4" in out
     assert "too large" in out
 
 
@@ -113,6 +116,30 @@ def test_the_bytes_of_weights_are_those_of_the_loaded_model(candidate: Any, smal
     model = library.AutoModelForCausalLM.from_pretrained(small, quantization_config=quantization, dtype=config.dtype)
     tensors = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     assert option.need.weights == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("candidate", [c for c in CANDIDATES if c.options], ids=lambda candidate: candidate.title)
+def test_the_command_asks_for_what_was_counted(candidate: Any) -> None:
+    words = candidate.options.split()
+    options = {"double_quant": "--double-quant" in words}
+    given = (
+        dict(zip(words[::2], words[1::2], strict=False)) if words[-1] != "--double-quant" else {"--method": words[1]}
+    )
+    if candidate.method not in METHODS:
+        pytest.skip(f"no method {candidate.method}")
+    config = Request(
+        Method(given["--method"]),
+        *(int(given[name]) if name in given else None for name in ("--bits", "--group-size")),
+        format=Format(given["--format"]) if "--format" in given else None,
+        **options,
+    ).config()
+    wanted = METHODS[candidate.method].config_class(**candidate.arguments)
+    assert config.to_dict() == wanted.to_dict()
+
+
+def test_candidates_are_in_the_order_of_what_they_cost() -> None:
+    costs = [candidate.perplexity for candidate in CANDIDATES]
+    assert costs == sorted(costs)
 
 
 def test_the_cache_is_what_transformers_allocates() -> None:

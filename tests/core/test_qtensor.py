@@ -51,3 +51,12 @@ def test_equal_compares_bits(tensor: QuantTensor) -> None:
     assert tensor.equal(same)
     same.tensors["scales"][0, 0] *= 2
     assert not tensor.equal(same)
+
+
+@pytest.mark.parametrize("shape", [(0, 256), (64, 0), (0, 0)])
+@pytest.mark.parametrize("grouping", [Grouping.per_channel(), Grouping.per_tensor(), Grouping.groups(32)], ids=str)
+def test_a_weight_without_rows_or_columns_is_refused(shape: tuple[int, int], grouping: Grouping) -> None:
+    spec = QuantSpec(IntCode(8), Scale(torch.float16), grouping)
+    tensors = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in spec.tensors(shape).items()}
+    with pytest.raises(FormatError, match="a weight has rows and columns"):
+        QuantTensor(spec, tensors, shape).validate()

@@ -33,6 +33,8 @@ class QuantTensor:
         Raises:
             FormatError: names the tensor, what was found and what was expected.
         """
+        if min(self.shape) <= 0:
+            raise FormatError("a weight has rows and columns", found=list(self.shape))
         layout = self.spec.tensors(self.shape)
         if set(layout) != set(self.tensors):
             raise FormatError("tensors don't match the spec", found=sorted(self.tensors), expected=sorted(layout))

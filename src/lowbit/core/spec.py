@@ -280,7 +280,8 @@ class Grouping:
         out_features, in_features = shape
         if self.linear:
             return (-(-out_features * in_features // self.cols),)
-        return -(-out_features // (self.rows or out_features)), -(-in_features // (self.cols or in_features))
+        rows, cols = self.rows or out_features or 1, self.cols or in_features or 1
+        return -(-out_features // rows), -(-in_features // cols)
 
     def __str__(self) -> str:
         if self.linear:

@@ -42,11 +42,33 @@ class Candidate:
     perplexity: float = 0.0
 
 
+def _gguf(kind: str, cost: float) -> Candidate:
+    return Candidate(f"GGUF {kind}", "gguf", {"type": kind}, "", cost)
+
+
+def _hqq(bits: int, group_size: int, cost: float) -> Candidate:
+    options = f"--method hqq --bits {bits} --group-size {group_size}"
+    arguments = {"nbits": bits, "group_size": group_size}
+    return Candidate(f"HQQ, {bits} bits, groups of {group_size}", "hqq", arguments, options, cost)
+
+
+def _rtn(bits: int, group_size: int, cost: float) -> Candidate:
+    options = f"--method rtn --bits {bits} --group-size {group_size}"
+    title = f"round-to-nearest in GPTQ's format, {bits} bits, groups of {group_size}"
+    return Candidate(title, "gptq", {"bits": bits, "group_size": group_size, "sym": False}, options, cost)
+
+
 # Of rows with the same cost the smaller comes first.
 CANDIDATES: Final = (
     Candidate("no quantization", ""),
+    _gguf("Q8_0", 0.04),
     Candidate("LLM.int8()", "bitsandbytes", {"load_in_8bit": True}, "--method int8", 0.06),
-    Candidate("quanto, 8 bits", "quanto", {"weights": "int8"}, "", 0.07),
+    Candidate("quanto, 8 bits", "quanto", {"weights": "int8"}, "--method rtn --format quanto --bits 8", 0.07),
+    _gguf("Q6_K", 0.09),
+    _gguf("Q5_K_M", 0.17),
+    _gguf("Q4_K_M", 1.6),
+    _gguf("IQ4_XS", 2.4),
+    _gguf("Q4_0", 2.7),
     Candidate(
         "NF4, blocks of 64, double quantization",
         "bitsandbytes",
@@ -54,16 +76,10 @@ CANDIDATES: Final = (
         "--method nf4 --double-quant",
         2.9,
     ),
-    Candidate("HQQ, 4 bits, groups of 64", "hqq", {"nbits": 4, "group_size": 64}, "", 2.95),
-    Candidate("HQQ, 4 bits, groups of 128", "hqq", {"nbits": 4, "group_size": 128}, "", 3.7),
-    Candidate("quanto, 4 bits", "quanto", {"weights": "int4"}, "", 3.8),
-    Candidate(
-        "round-to-nearest in GPTQ's format, 4 bits, groups of 128",
-        "gptq",
-        {"bits": 4, "group_size": 128, "sym": False},
-        "--method rtn --bits 4 --group-size 128",
-        4.2,
-    ),
+    _hqq(4, 64, 2.95),
+    _hqq(4, 128, 3.7),
+    Candidate("quanto, 4 bits", "quanto", {"weights": "int4"}, "--method rtn --format quanto --bits 4", 3.8),
+    _rtn(4, 128, 4.2),
     Candidate(
         "round-to-nearest in AWQ's format, 4 bits, groups of 128",
         "awq",
@@ -71,22 +87,12 @@ CANDIDATES: Final = (
         "--method rtn --format awq --bits 4 --group-size 128",
         4.2,
     ),
-    Candidate("HQQ, 3 bits, groups of 64", "hqq", {"nbits": 3, "group_size": 64}, "", 16.5),
-    Candidate(
-        "round-to-nearest in GPTQ's format, 3 bits, groups of 128",
-        "gptq",
-        {"bits": 3, "group_size": 128, "sym": False},
-        "--method rtn --bits 3 --group-size 128",
-        26.2,
-    ),
-    Candidate("HQQ, 2 bits, groups of 64", "hqq", {"nbits": 2, "group_size": 64}, "", 314.0),
-    Candidate(
-        "round-to-nearest in GPTQ's format, 2 bits, groups of 64",
-        "gptq",
-        {"bits": 2, "group_size": 64, "sym": False},
-        "--method rtn --bits 2 --group-size 64",
-        378.0,
-    ),
+    _gguf("Q3_K_M", 5.5),
+    _hqq(3, 64, 16.5),
+    _rtn(3, 128, 26.2),
+    _gguf("Q2_K", 28.1),
+    _hqq(2, 64, 314.0),
+    _rtn(2, 64, 378.0),
 )
 
 
@@ -308,6 +314,8 @@ def describe(option: Option, model: str) -> dict[str, Any]:
     """An option as JSON: numbers, and what to type."""
     candidate, need = option.candidate, option.need
     command = f"lowbit quantize {model} OUT {candidate.options}" if candidate.options else ""
+    if candidate.method == "gguf":
+        command = f"lowbit convert {model} OUT.gguf --to gguf:{candidate.arguments['type']}"
     return {
         "title": candidate.title,
         "method": candidate.method or None,
