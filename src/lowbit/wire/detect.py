@@ -16,6 +16,7 @@ from lowbit.wire.fbgemm_fp8 import FbgemmFp8Wire
 from lowbit.wire.gguf.wire import GgufWire
 from lowbit.wire.gptq import GptqWire
 from lowbit.wire.hqq import HqqWire
+from lowbit.wire.quanto import QuantoWire
 from lowbit.wire.torchao import TorchAoWire
 
 
@@ -27,6 +28,7 @@ def _registered() -> list[Wire[Any]]:
         GptqWire(),
         AwqWire(),
         HqqWire(),
+        QuantoWire(),
         AqlmWire(),
         GgufWire(),
         CompressedTensorsWire(),

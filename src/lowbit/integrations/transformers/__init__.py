@@ -11,6 +11,7 @@ from lowbit.integrations.transformers.methods.fbgemm_fp8 import FbgemmFp8Config
 from lowbit.integrations.transformers.methods.gguf import GgufConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig
 from lowbit.integrations.transformers.methods.hqq import HqqConfig
+from lowbit.integrations.transformers.methods.quanto import QuantoConfig
 from lowbit.integrations.transformers.methods.torchao import TorchAoConfig
 from lowbit.integrations.transformers.recipe import Recipe
 from lowbit.integrations.transformers.register import register, register_method, unregister, unregister_method
@@ -27,6 +28,7 @@ __all__ = [
     "GPTQConfig",
     "GgufConfig",
     "HqqConfig",
+    "QuantoConfig",
     "Recipe",
     "TorchAoConfig",
     "auto_class",

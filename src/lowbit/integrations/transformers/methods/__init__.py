@@ -15,6 +15,7 @@ from lowbit.integrations.transformers.methods import (
     gguf,
     gptq,
     hqq,
+    quanto,
     torchao,
 )
 from lowbit.integrations.transformers.recipe import Method, Recipe
@@ -29,6 +30,7 @@ METHODS: Final[dict[str, Method]] = {
         gptq.METHOD,
         awq.METHOD,
         hqq.METHOD,
+        quanto.METHOD,
         aqlm.METHOD,
         eetq.METHOD,
         fbgemm_fp8.METHOD,
