@@ -1,4 +1,4 @@
-"""Every example of the README, run as it stands."""
+"""Every example of the README, run as it stands and in order."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from snippets import blocks, run_python, run_shell
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_python_examples_run_in_order_and_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run_in_order_and_print_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = [block for block in blocks(README) if block.language == "python"]
-    assert len(examples) >= 10
+    examples = blocks(README)
+    assert {block.language for block in examples} == {"python", "bash"}
+    assert len(examples) >= 15
     namespace: dict[str, object] = {"__name__": "readme"}
     for block in examples:
-        run_python(README, block, namespace)
-
-
-def test_shell_examples_run(tmp_path: Path) -> None:
-    examples = [block for block in blocks(README) if block.language in ("bash", "console")]
-    assert any("lowbit quantize" in block.text for block in examples)
-    for block in examples:
-        run_shell(README, block, tmp_path)
-
-
-def test_every_example_is_of_a_kind_that_is_run() -> None:
-    assert {block.language for block in blocks(README)} == {"python", "bash"}
+        if block.language == "python":
+            run_python(README, block, namespace)
+        else:
+            run_shell(README, block, tmp_path)
