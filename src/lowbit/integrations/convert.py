@@ -21,6 +21,7 @@ from lowbit.core.respell import respell, simplest, why_not
 from lowbit.errors import FormatError, LowbitError, PlanError, SpecError
 from lowbit.integrations.transformers.gguf import load_tokenizer
 from lowbit.integrations.transformers.outline import Outline, outline
+from lowbit.integrations.transformers.saving import write_side_files
 from lowbit.wire import Checkpoint, Wire, wire_named, wires
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles
 from lowbit.wire.shards import SHARD_BYTES, ShardWriter
@@ -266,6 +267,8 @@ class Conversion:
             advance(1)
         files = writer.close()
         self._write_config(folder)
+        if self.target.wire is not None:
+            write_side_files(folder, self.target.wire.side_files(self.settings, self._packed()))
         if isinstance(self.source.files, GgufCheckpointFiles):
             load_tokenizer(self.source.files.path).save_pretrained(folder)
         else:
@@ -278,9 +281,11 @@ class Conversion:
         wire = self.target.wire
         if wire is None:
             return {}
-        packed = {name: (weight.target, weight.shape) for name, weight in self.weights.items() if weight.target}
         others = self.source.dense + [f"{name}.weight" for name, weight in self.weights.items() if not weight.target]
-        return wire.metadata(self.settings, packed, others)
+        return wire.metadata(self.settings, self._packed(), others)
+
+    def _packed(self) -> dict[str, tuple[QuantSpec, tuple[int, int]]]:
+        return {name: (weight.target, weight.shape) for name, weight in self.weights.items() if weight.target}
 
     def _convert(self, module: str) -> dict[str, Tensor]:
         wire, weight, tensor = self.target.wire, self.weights[module], self.source.weights[module]
