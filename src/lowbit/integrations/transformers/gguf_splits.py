@@ -89,7 +89,8 @@ SPLITS: Final[tuple[Split, ...]] = (
         ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
         _sequence(_DIGITS, _byte_level(True)),
     ),
-    Split(("falcon", "default"), _sequence(_PUNCTUATION, _byte_level(True), _NUMBERS, _split(r"[0-9][0-9][0-9]"))),
+    Split(("falcon",), _sequence(_PUNCTUATION, _byte_level(True), _split(r"[0-9][0-9][0-9]"))),
+    Split(("default",), _sequence(_PUNCTUATION, _byte_level(True), _NUMBERS, _split(r"[0-9][0-9][0-9]"))),
 )
 
 BY_NAME: Final[Mapping[str, Split]] = {name: split for split in SPLITS for name in split.names}
