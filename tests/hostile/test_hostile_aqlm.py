@@ -65,7 +65,7 @@ def test_a_missing_tensor(name: str) -> None:
         ("scales", (16,), "scales: wrong number of dimensions"),
         ("scales", (15, 1, 1, 1), "codes: wrong shape"),
         ("scales", (16, 8, 1, 1), "scales: wrong shape"),
-        ("scales", (0, 1, 1, 1), "codes: wrong shape"),
+        ("scales", (0, 1, 1, 1), "scales: has no element"),
     ],
 )
 def test_inconsistent_codebooks_codes_and_scales(name: str, shape: tuple[int, ...], message: str) -> None:
