@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import formats
 import lowbit
+from lowbit.integrations.convert import Conversion, Target
 from lowbit.kernels import ops
 from lowbit.nn import QuantExperts, QuantStack
 from lowbit.wire.store import read_header
@@ -461,3 +462,29 @@ def test_adapters_beside_packed_experts(tmp_path: Path) -> None:
     loss.backward()
     gradients = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
     assert len(gradients) == 2 and all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_conversion_keeps_experts_apart_and_fuses_what_dense_files_hold_fused(kind: str, tmp_path: Path) -> None:
+    dense = save(kind, tmp_path / "dense")
+    model = load(tmp_path / "dense", CONFIGS["gptq"]())
+    model.save_pretrained(tmp_path / "gptq")
+    for target in ("awq", "dense"):
+        conversion = Conversion(lowbit.open_checkpoint(tmp_path / "gptq"), Target.parse(target))
+        conversion.prepare()
+        folder = tmp_path / f"to-{target}"
+        folder.mkdir()
+        conversion.run(folder)
+    assert torch.equal(logits(load(tmp_path / "to-awq")), logits(model))
+    assert saved(tmp_path / "to-dense").keys() == saved(tmp_path / "dense").keys()
+    plain = t.AutoModelForCausalLM.from_pretrained(tmp_path / "to-dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-5)
+    assert type(plain) is type(dense)
+
+
+def test_experts_that_a_format_keeps_fused_are_not_converted_in_silence(tmp_path: Path) -> None:
+    save("llama4", tmp_path / "dense")
+    load(tmp_path / "dense", lowbit.FbgemmFp8Config()).save_pretrained(tmp_path / "packed")
+    conversion = Conversion(lowbit.open_checkpoint(tmp_path / "packed"), Target.parse("dense"))
+    with pytest.raises(lowbit.PlanError, match=r"experts\..*_proj_scale' belongs to experts that .* keeps fused"):
+        conversion.prepare()

@@ -149,6 +149,7 @@ class Conversion:
             PlanError: the format can't spell a weight, named with the reason.
         """
         self._check_activation_scales()
+        self._check_fused_experts()
         for module, tensor in self.source.weights.items():
             self.weights[module] = Weight(tensor.spec, simplest(tensor), tensor.shape)
             advance(1)
@@ -161,6 +162,12 @@ class Conversion:
         for name in self.source.dense:
             if own and name.endswith(own) and not name.endswith(theirs or ("\0",)):
                 raise PlanError(f"'{name}' divides activations, which only '{self.source.format}' can say")
+
+    def _check_fused_experts(self) -> None:
+        names, endings = set(self.source.dense), self.source.wire.fused_suffixes
+        for name in names if endings else ():
+            if name.endswith(endings[-1]) and name.removesuffix(endings[-1]) in names:
+                raise PlanError(f"'{name}' belongs to experts that '{self.source.format}' keeps fused; load the model")
 
     def _choose(self, wire: Wire[Any]) -> tuple[Any, dict[str, Weight]]:
         """The first settings under which every weight can be spelled; each attempt's first reason, if none."""
@@ -257,11 +264,11 @@ class Conversion:
         for name in self.source.files.names():
             module = owner.get(name)
             if module is None:
-                writer.add(name, self._dense(self.source.files.tensor(name)))
+                self._add(writer, name, self._dense(self.source.files.tensor(name)))
             elif module not in done:
                 done.add(module)
                 for suffix, tensor in self._convert(module).items():
-                    writer.add(f"{module}.{suffix}", tensor)
+                    self._add(writer, f"{module}.{suffix}", tensor)
             else:
                 continue
             advance(1)
@@ -276,6 +283,16 @@ class Conversion:
         for file in files:  # written for the owner alone; whoever may read the config may read these
             file.chmod((folder / "config.json").stat().st_mode)
         return self.cost
+
+    def _add(self, writer: ShardWriter, name: str, tensor: Tensor) -> None:
+        """Write a tensor; what is dense and of one of several experts that files hold fused, when all are there."""
+        experts, module = self._outline.experts, name.rpartition(".")[0]
+        packed = module in self.weights and self.weights[module].target is not None
+        if packed or experts is None or not experts.owns(name):
+            writer.add(name, tensor)
+            return
+        for parameter, whole in experts.add(name, tensor):
+            writer.add(parameter, whole)
 
     def _metadata(self) -> dict[str, str]:
         wire = self.target.wire

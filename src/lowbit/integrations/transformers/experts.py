@@ -67,6 +67,7 @@ class ExpertNames:
     Attributes:
         apart: by parameter, its parts in order, each of which files hold one expert at a time.
         fused: by parameter, what files hold in one.
+        merged: parameters of which dense files, too, hold one expert at a time.
         refused: parameters that can't be spelled one expert at a time, each with the reason.
     """
 
@@ -75,6 +76,7 @@ class ExpertNames:
         self.apart: dict[str, list[ExpertStack]] = {}
         self.fused: dict[str, ExpertStack] = {}
         self.refused: dict[str, str] = {}
+        self.merged: set[str] = set()
         self._slots: dict[tuple[str, str], ExpertStack] = {}
         mergers = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         for module, experts in model.named_modules():
@@ -112,6 +114,8 @@ class ExpertNames:
         if self._fused and merger is None and projection.transposed and not (projection.interleaved or biased):
             whole = replace(projection, parts=(projection.name,))
             self.fused[parameter] = ExpertStack(module, projection.name, projection.name, whole, fused=True)
+        if merger is not None:
+            self.merged.add(parameter)
         self.apart[parameter] = []
         for part, leaf in zip(projection.parts, leaves, strict=True):
             self.apart[parameter].append(ExpertStack(module, part, leaf, projection))

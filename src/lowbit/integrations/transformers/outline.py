@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from lowbit.integrations.transformers.fused import FusedExperts
 from lowbit.nn.swap import is_conv1d, is_linear, linear_shape
 
 _CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModel")
@@ -23,12 +24,14 @@ class Outline:
         transposed: those that store their weight as ``[in, out]`` (GPT-2's `Conv1D`).
         prefix: of the base model, which files may leave out.
         shapes: ``(out, in)`` of the linear layers, with and without the prefix.
+        experts: puts experts together that dense files hold fused.
     """
 
     linears: frozenset[str] | None = None
     transposed: frozenset[str] = frozenset()
     prefix: str = ""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    experts: FusedExperts | None = None
 
     def kept(self, packed: Collection[str], dense: Collection[str]) -> list[str]:
         """The linear layers that are not packed, as the checkpoint's files name them; tied heads, which they don't."""
@@ -70,5 +73,5 @@ def outline(folder: Path, data: Mapping[str, Any] | None = None) -> Outline:
         transposed = frozenset(name for name, module in linears.items() if is_conv1d(module))
         prefix, found = model.base_model_prefix, {name: linear_shape(module) for name, module in linears.items()}
         shapes = {name.removeprefix(f"{prefix}."): shape for name, shape in found.items()} | found
-        return Outline(frozenset(linears), transposed, prefix, shapes)
+        return Outline(frozenset(linears), transposed, prefix, shapes, FusedExperts(model))
     return Outline()
