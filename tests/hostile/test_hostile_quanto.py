@@ -214,3 +214,12 @@ def test_activations_are_not_measured_while_loading(checkpoint: Path) -> None:
 def test_a_config_that_contradicts_the_map(checkpoint: Path) -> None:
     with pytest.raises(PlanError, match="weights='int4'"):
         load(checkpoint, quantization_config=lowbit.QuantoConfig("int2"))
+
+
+def test_rounded_outputs_of_other_layers(copy: Callable[[], Path]) -> None:
+    """quanto rounds those of LayerNorm; they must not be left out silently."""
+    folder = copy()
+    tensors = load_file(folder / "model.safetensors") | {"model.norm.output_scale": torch.ones(())}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=r"model\.norm\.output_scale: the outputs of a layer"):
+        load(folder)

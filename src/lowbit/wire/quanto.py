@@ -228,6 +228,14 @@ class QuantoWire(Wire[QuantoSettings]):
             "weight._shift": (-shift if shift.is_floating_point() else shift).reshape(rows, 1),
         }
 
+    def check_names(self, others: Collection[str]) -> None:
+        if rounded := next((name for name in others if name.endswith(".output_scale")), None):
+            raise FormatError(
+                "the outputs of a layer that holds no packed weight are rounded, which is not supported",
+                tensor=rounded,
+                expected="activations of packed linear layers only",
+            )
+
     def refusal(self, settings: QuantoSettings, spec: QuantSpec, shape: tuple[int, int]) -> str | None:
         types = _types_or_none(spec)
         if types is None:
