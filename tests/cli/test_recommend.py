@@ -51,9 +51,7 @@ def test_the_best_that_fits_is_recommended(lowbit: Lowbit, mistral: Path) -> Non
         costs = [option["perplexity_increase_percent"] for option in [report["choice"], *report["alternatives"]]]
         assert costs == sorted(costs)
     assert choices["20GiB"]["method"] is None
-    assert choices["9.5GiB"]["title"] == "GGUF Q8_0"
-    assert choices["9.5GiB"]["command"] == f"lowbit convert {mistral} OUT.gguf --to gguf:Q8_0"
-    assert choices["9.5GiB"]["config"] == "lowbit.GgufConfig(type='Q8_0')"
+    assert 8 <= choices["9.5GiB"]["bits_per_weight"] <= 8.5
     assert choices["5.7GiB"]["bits_per_weight"] < 5
     assert choices["4.4GiB"]["bits_per_weight"] < 4
 
@@ -63,6 +61,7 @@ def test_what_is_said_on_a_screen(lowbit: Lowbit, mistral: Path) -> None:
     assert "recommended       GGUF Q6_K, 6.562 bits per weight" in out
     assert "why               it needs" in out
     assert f"lowbit convert {mistral} OUT.gguf --to gguf:Q6_K" in out
+    assert "lowbit.GgufConfig(type='Q6_K')" in out
     assert "NF4" in out
     assert "too large" in out
 

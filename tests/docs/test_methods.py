@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lowbit.integrations.recommend import CANDIDATES
 from lowbit.integrations.transformers.capabilities import EVIDENCE, UNTESTED, capabilities, markdown, spans
 from lowbit.integrations.transformers.methods import METHODS
 
@@ -63,6 +64,12 @@ def test_what_the_table_has_to_say() -> None:
     assert set(range(1, 9)) <= set(found["gguf"].bits) | {7}
     assert 4 in found["gptq"].convertible["awq"]
     assert found["fbgemm_fp8"].convertible == {} or 8 in next(iter(found["fbgemm_fp8"].convertible.values()))
+
+
+def test_the_numbers_that_recommendations_go_by_are_on_their_page() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    for candidate in CANDIDATES:
+        assert not candidate.method or f"| {candidate.title} | {candidate.perplexity:g} % |" in page
 
 
 def test_spans() -> None:

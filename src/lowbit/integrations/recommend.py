@@ -58,12 +58,12 @@ def _rtn(bits: int, group_size: int, cost: float) -> Candidate:
     return Candidate(title, "gptq", {"bits": bits, "group_size": group_size, "sym": False}, options, cost)
 
 
-# Of rows with the same cost the smaller comes first.
+# In the order of what they cost; docs/quality.md holds the same numbers.
 CANDIDATES: Final = (
     Candidate("no quantization", ""),
+    Candidate("quanto, 8 bits", "quanto", {"weights": "int8"}, "--method rtn --format quanto --bits 8", 0.02),
     _gguf("Q8_0", 0.04),
     Candidate("LLM.int8()", "bitsandbytes", {"load_in_8bit": True}, "--method int8", 0.06),
-    Candidate("quanto, 8 bits", "quanto", {"weights": "int8"}, "--method rtn --format quanto --bits 8", 0.07),
     _gguf("Q6_K", 0.09),
     _gguf("Q5_K_M", 0.17),
     _gguf("Q4_K_M", 1.6),
