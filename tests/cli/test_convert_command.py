@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowbit import open_checkpoint
 from lowbit.cli.convert import parse_size
@@ -62,7 +63,7 @@ def test_gguf_files(lowbit: Lowbit, small: Path, tmp_path: Path) -> None:
         assert tensor.equal(after[name]), name
 
 
-def test_gguf_files_that_lose(lowbit: Lowbit, gptq: Path, tmp_path: Path) -> None:
+def test_gguf_files_of_quantized_models(lowbit: Lowbit, gptq: Path, small: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.gguf"
     assert "can't hold these numbers to the bit" in lowbit("convert", gptq, file, "--to", "gguf:Q4_0").mistake
     assert not file.exists()
@@ -71,6 +72,13 @@ def test_gguf_files_that_lose(lowbit: Lowbit, gptq: Path, tmp_path: Path) -> Non
     assert "exists; --overwrite" in lowbit("convert", gptq, file, "--to", "gguf:Q4_0").mistake
     assert "ends in .gguf" in lowbit("convert", gptq, tmp_path / "x", "--to", "gguf").mistake
     assert "gguf:F16" in lowbit("convert", gptq, file, "--to", "gguf:Q4_0", "--dtype", "float16").mistake
+    symmetric = tmp_path / "symmetric"
+    assert lowbit("quantize", small, symmetric, "--method", "rtn", "--symmetric", "--group-size", 32).status == 0
+    assert lowbit("convert", symmetric, tmp_path / "c.gguf", "--to", "gguf").status == 0
+    four = open_checkpoint(tmp_path / "c.gguf")
+    assert {four.wire.of(four.settings, name).type.name for name in four.weights} == {"Q4_0"}
+    for name, tensor in open_checkpoint(symmetric).weights.items():
+        assert torch.equal(tensor.dequantize(), four.weights[name].dequantize())
     parts = lowbit("convert", gptq, tmp_path / "b.gguf", "--to", "gguf", "--shard-size", "3MB")
     assert parts.status == 0 and len(list(tmp_path.glob("b-*-of-*.gguf"))) == 3
 

@@ -16,8 +16,9 @@ import tiny
 from lowbit.algorithms import RoundToNearest, integer_spec, quantize
 from lowbit.core import QuantTensor
 from lowbit.errors import PlanError
+from lowbit.integrations.checkpoint import open_checkpoint
 from lowbit.integrations.convert import Conversion, Target
-from lowbit.wire import open_checkpoint, wire_named
+from lowbit.wire import wire_named
 from lowbit.wire.awq import AwqSettings
 from lowbit.wire.gptq import GptqSettings
 
@@ -90,6 +91,18 @@ def test_other_widths_go_through_hqq(make: Make, bits: int) -> None:
     first = make(lowbit.GPTQConfig(bits=bits, group_size=64, sym=False))
     back = convert(convert(first, "hqq"), "gptq", "back")
     assert_same_files(first, back)
+
+
+def test_int8_rows_go_through_every_format_that_has_them(make: Make) -> None:
+    first = source = make(lowbit.EetqConfig("int8"))
+    wanted = tiny.logits(lowbit.AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32), "llama")
+    for number, to in enumerate(("torchao", "quanto", "gptq", "compressed-tensors", "hqq", "eetq")):
+        source = convert(source, to, str(number))
+        assert open_checkpoint(source).format == to
+        assert_same_model(first, source)
+        model = lowbit.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        assert torch.equal(tiny.logits(model, "llama"), wanted), to
+    assert_same_files(first, source)
 
 
 def test_what_was_converted_loads_and_computes_the_same(make: Make) -> None:
