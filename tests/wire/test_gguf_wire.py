@@ -86,7 +86,7 @@ def test_the_type_nearest_to_other_formats() -> None:
     assert nearest_type(integer_spec(4, 128)) is GgmlType.Q8_0  # differences from zero points take a bit more
     floats = QuantSpec(IntCode(5), Scale(torch.float16), Grouping.groups(64), Zero("float"))
     assert nearest_type(floats) is GgmlType.Q5_1
-    for spec in (table_spec("nf4", 64), QuantSpec(IntCode(8), floats.scale, floats.grouping, floats.zero)):
+    for spec in (table_spec("nf4", block_size=64), QuantSpec(IntCode(8), floats.scale, floats.grouping, floats.zero)):
         with pytest.raises(FormatError, match="GGUF has no type"):
             nearest_type(spec)
 
