@@ -218,12 +218,12 @@ def require_tensor(
     dtypes: Sequence[torch.dtype] = (),
     dims: int | None = None,
 ) -> None:
-    """Raise a FormatError unless the tensor has the shape, one of the dtypes, and so many dimensions, none of 0."""
+    """Raise a FormatError unless the tensor has the shape, one of the dtypes, and so many dimensions, none empty."""
     if dims is not None and tensor.dim() != dims:
         raise FormatError(
             "wrong number of dimensions", tensor=name, found=list(tensor.shape), expected=f"{dims} dimensions"
         )
-    if dims and 0 in tensor.shape:
+    if dims is not None and dims > 1 and 0 in tensor.shape:
         raise FormatError("has no element", tensor=name, found=list(tensor.shape))
     if shape is not None and tuple(tensor.shape) != shape:
         raise FormatError("wrong shape", tensor=name, found=list(tensor.shape), expected=list(shape))
