@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.utils.hub import cached_file
 
@@ -170,3 +170,21 @@ def check_positions(files: GgufCheckpointFiles, config: Any) -> None:
             f"'{files.path}' scales rotary positions by tensors, which Transformers' own configuration doesn't read; "
             "load it with lowbit.AutoModelForCausalLM, or pass config=lowbit.AutoConfig.from_pretrained(...)"
         )
+
+
+def check_shapes(files: GgufCheckpointFiles, model: nn.Module) -> None:
+    """Compare the plain tensors with the model's; those in blocks are compared when they are read.
+
+    Raises:
+        FormatError: names the first that differs.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in files.names():
+        if not name.endswith(".gguf") and name in expected and files.layout(name)[0] != expected[name]:
+            raise FormatError(
+                "the tensor is not the model's",
+                file=str(files.path),
+                tensor=name,
+                found=list(files.layout(name)[0]),
+                expected=list(expected[name]),
+            )

@@ -26,7 +26,7 @@ from lowbit.integrations.transformers.expert_loading import (
     write_experts,
 )
 from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack, StoredStack
-from lowbit.integrations.transformers.gguf import check_positions
+from lowbit.integrations.transformers.gguf import check_positions, check_shapes
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
@@ -162,6 +162,7 @@ class LowbitQuantizer(HfQuantizer):
             checkpoint_files = [self.gguf_file]
             files = GgufCheckpointFiles(self.gguf_file)
             check_positions(files, model.config)
+            check_shapes(files, model)
             if not files.types:
                 return
         inventory = Inventory(model, self.recipe.wire, checkpoint_files)

@@ -31,6 +31,7 @@ _HIDDEN: Final = ("hidden_size", "n_embd")
 _LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # The sizes whose queries llama.cpp scales by the hidden size instead of the head's: Gemma's 27B models.
 _WIDE_QUERIES: Final = {"gemma2": 46, "gemma3": 62}
+_THETA: Final = 10000.0  # llama.cpp's base where a file names none
 _PATTERNS: Final = {"gemma2": 2, "gemma3": 6}
 
 
@@ -164,10 +165,12 @@ def _complete(row: Architecture, file: Source, config: dict[str, Any]) -> None:
     if row.name in _PATTERNS:
         _complete_gemma(row, config)
     if row.rotary:
-        rope = {"rope_theta": config.get("rope_theta", 10000.0), **_rope(row, file, config)}
-        config.pop("rope_theta", None)
+        theta = config.pop("rope_theta", _THETA)
+        if theta <= 0:
+            raise FormatError("the base of the rotary positions is out of range", found=theta, expected="more than 0")
+        rope = {"rope_theta": theta, **_rope(row, file, {**config, "rope_theta": theta})}
         if row.name == "gemma3":
-            local = {"rope_type": "default", "rope_theta": _number(file.metadata, row, "rope.freq_base_swa") or 10000.0}
+            local = {"rope_type": "default", "rope_theta": _number(file.metadata, row, "rope.freq_base_swa") or _THETA}
             config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
         else:
             config["rope_parameters"] = rope
@@ -252,7 +255,7 @@ def _llama3(stored: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
         FormatError: the factors are not of that kind.
     """
     rope = {"rope_type": "llama3", "factor": shortest(float(stored.max())), **_LLAMA3}
-    theta = float(config.get("rope_theta", 10000.0))
+    theta = float(config["rope_theta"])
     made = llama3_factors(rope, theta, head_dim_of(config))
     if stored.shape != made.shape or not torch.allclose(stored.float(), made, rtol=1e-3):
         raise FormatError(
