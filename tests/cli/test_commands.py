@@ -14,6 +14,7 @@ import transformers
 
 from lowbit import open_checkpoint, register, unregister
 from lowbit.errors import LowbitError
+from lowbit.wire import wires
 from outcome import Lowbit
 
 RTN = ("--method", "rtn")
@@ -152,7 +153,8 @@ def test_doctor(lowbit: Lowbit) -> None:
     assert report["transformers"] == transformers.__version__
     assert report["transformers_range"]["tested"] is True
     assert report["devices"][-1]["device"] == "cpu"
-    assert report["wires"] == ["bitsandbytes-4bit", "bitsandbytes-8bit", "gptq", "awq"]
+    assert report["wires"] == [wire.name for wire in wires()]
+    assert len(report["wires"]) == 12  # eleven formats, of which bitsandbytes has two
     types = list(dict.fromkeys(device["device"].partition(":")[0] for device in report["devices"]))
     assert [(entry["device"], entry["problem"]) for entry in report["kernels"]] == [
         (device, problem) for device in types for problem in ("int4, groups of 128", "nf4", "int8")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import make_checkpoints
 import apart
+import make_checkpoints
 import peers
 
 BITS = (2, 3, 4, 8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 
+import apart
 import lowbit
 import make_checkpoints
-import apart
 import peers
 from lowbit.algorithms import RoundToNearest, quantize
 from lowbit.core import linear

@@ -54,8 +54,9 @@ class LowbitAutoModel:
     def from_pretrained(cls, path: str | Path, *model_args: Any, **kwargs: Any) -> Any:
         """Load a model: dense, quantized by any known format, or quantized now.
 
-        Takes everything that Transformers' own method takes (of GGUF files also the path itself), and besides ``load_in_4bit``, ``load_in_8bit``,
-        ``torch_dtype``, ``use_flash_attention_2``, and a `quantization_config` as an object or a dict.
+        Takes everything that Transformers' own method takes (of GGUF files also the path itself), and besides
+        ``load_in_4bit``, ``load_in_8bit``, ``torch_dtype``, ``use_flash_attention_2``, and a `quantization_config` as
+        an object or a dict.
 
         Raises:
             FormatError: the checkpoint's tensors or configuration don't fit together.
