@@ -10,7 +10,7 @@ import torch
 
 import lowbit
 from apart import require, run
-from lowbit.integrations.transformers.gguf_export import write_gguf_model
+from lowbit.integrations.transformers.gguf.export import write_gguf_model
 
 PROMPT, COUNT = "The history of the", 8
 NAMES = ("F16", "Q8_0", "Q4_K_M", "IQ4_XS", "MXFP4", "TQ2_0")

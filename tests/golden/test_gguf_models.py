@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import apart
 import lowbit
-from lowbit.integrations.transformers.gguf_export import write_gguf_model
+from lowbit.integrations.transformers.gguf.export import write_gguf_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 import gguf_models

@@ -17,7 +17,7 @@ from lowbit.algorithms.hqq import HalfQuadratic
 from lowbit.core import QuantTensor
 from lowbit.core.respell import respell
 from lowbit.nn import QuantLinear
-from lowbit.wire.hqq import HqqSettings, HqqWire
+from lowbit.wire.hqq.wire import HqqSettings, HqqWire
 
 require("hqq")
 SCRIPT = "original_hqq.py"

@@ -17,7 +17,7 @@ from lowbit.core import linear
 from lowbit.integrations.transformers.methods import make_recipe
 from lowbit.nn import QuantLinear
 from lowbit.nn.embedding import QuantEmbedding
-from lowbit.wire.torchao import TorchAoSettings, TorchAoWire
+from lowbit.wire.torchao.wire import TorchAoSettings, TorchAoWire
 
 apart.require("torchao")
 

@@ -29,7 +29,7 @@ from torch import Tensor
 import lowbit
 from lowbit.core import QuantTensor
 from lowbit.errors import LowbitError
-from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowbit.integrations.transformers.gguf.tokenizer import tokenizer_of
 from lowbit.wire.gguf import Entry, GgmlType, open_gguf, write_gguf
 from lowbit.wire.gguf.config import config_of
 from samples import MODEL, MODULES, Sample, samples

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import FormatError
-from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowbit.integrations.transformers.gguf.tokenizer import tokenizer_of
 from lowbit.wire.gguf import (
     Entry,
     GgmlType,

@@ -9,7 +9,7 @@ import pytest
 
 import lowbit
 from lowbit.errors import FormatError
-from lowbit.integrations.transformers.gguf_export import write_gguf_model
+from lowbit.integrations.transformers.gguf.export import write_gguf_model
 from lowbit.wire.gguf.container import Gguf, open_gguf
 from lowbit.wire.gguf.types import GgmlType
 from lowbit.wire.gguf.writer import Entry, write_gguf

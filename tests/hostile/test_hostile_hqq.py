@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit.algorithms.hqq import HalfQuadratic
 from lowbit.errors import FormatError, LowbitError, PlanError
-from lowbit.wire.hqq import HqqSettings, HqqWire
+from lowbit.wire.hqq.wire import HqqSettings, HqqWire
 
 WIRE = HqqWire()
 SHAPE = (32, 64)

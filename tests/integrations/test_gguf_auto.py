@@ -13,7 +13,7 @@ import transformers
 import gguf_models
 import lowbit
 from lowbit.errors import FormatError, PlanError
-from lowbit.integrations.transformers.gguf_export import write_gguf_model
+from lowbit.integrations.transformers.gguf.export import write_gguf_model
 from lowbit.nn import QuantLinear
 from lowbit.nn.embedding import QuantEmbedding, TiedHead
 from lowbit.wire.gguf.container import open_gguf

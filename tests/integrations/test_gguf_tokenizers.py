@@ -11,8 +11,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lowbit.errors import FormatError
-from lowbit.integrations.transformers.gguf_splits import BY_NAME, SPLITS, find_split
-from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_metadata, tokenizer_of
+from lowbit.integrations.transformers.gguf.splits import BY_NAME, SPLITS, find_split
+from lowbit.integrations.transformers.gguf.tokenizer import tokenizer_metadata, tokenizer_of
 from lowbit.wire.gguf.values import Typed
 
 TEXTS = [

@@ -22,7 +22,7 @@ import lowbit
 import tiny
 from lowbit.core import Kept, QuantTensor
 from lowbit.errors import PlanError
-from lowbit.wire.hqq import HqqSettings, HqqWire
+from lowbit.wire.hqq.wire import HqqSettings, HqqWire
 from lowbit.wire.quanto import QMAP
 from test_memory import CONSTANT, LAYER, PROBE
 

@@ -14,7 +14,7 @@ from lowbit.core import Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero
 from lowbit.core.respell import respell
 from lowbit.errors import FormatError, PlanError
 from lowbit.wire import find_wire
-from lowbit.wire.hqq import HqqSettings, HqqWire, tag_of
+from lowbit.wire.hqq.wire import HqqSettings, HqqWire, tag_of
 
 WIRE = HqqWire()
 CASES = [

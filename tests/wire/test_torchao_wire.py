@@ -12,8 +12,8 @@ from lowbit.algorithms import AffineIntegers, Int4Additive, ScaledFloat8
 from lowbit.core import Activation, FloatCode, Grouping, IntCode, QuantSpec, QuantTensor, Scale, Zero
 from lowbit.errors import FormatError
 from lowbit.wire import find_wire
-from lowbit.wire.torchao import TorchAoSettings, TorchAoWire
-from lowbit.wire.torchao_config import PER_TOKEN, config_named, old_config
+from lowbit.wire.torchao.config import PER_TOKEN, config_named, old_config
+from lowbit.wire.torchao.wire import TorchAoSettings, TorchAoWire
 
 WIRE = TorchAoWire()
 

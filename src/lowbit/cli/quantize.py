@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,21 +13,6 @@ from lowbit.cli.replace import check_target, replaced
 from lowbit.cli.request import Format, Method, Request
 from lowbit.errors import PlanError
 
-# What belongs to a model beside its weights and its config.
-_COMPANIONS = (
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "*.model",
-    "*.tiktoken",
-    "tokenizer*",
-    "vocab*",
-    "LICENSE*",
-)
 _SKIP_HELP = "Modules to keep dense: names, wildcards or regular expressions; may be repeated."
 
 
@@ -108,13 +92,12 @@ def check_patterns(folder: Path, patterns: list[str]) -> None:
 
 def save(model: Any, source: Path, folder: Path) -> None:
     """Write the model, and the files of `source` that belong to it."""
+    from lowbit.integrations.convert import copy_companions
+
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # written for the owner alone; whoever may read the config may read these
         file.chmod((folder / "config.json").stat().st_mode)
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+    copy_companions(source, folder)
 
 
 def _print_result(model: Any, source: Path, target: Path) -> None:

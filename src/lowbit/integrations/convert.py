@@ -19,7 +19,7 @@ from lowbit.algorithms import quantize
 from lowbit.core import QuantSpec, QuantTensor, dtypes
 from lowbit.core.respell import respell, simplest, why_not
 from lowbit.errors import FormatError, LowbitError, PlanError, SpecError
-from lowbit.integrations.transformers.gguf import load_tokenizer
+from lowbit.integrations.transformers.gguf.loading import load_tokenizer
 from lowbit.integrations.transformers.outline import Outline, outline
 from lowbit.integrations.transformers.saving import write_side_files
 from lowbit.wire import Checkpoint, Wire, wire_named, wires

@@ -8,7 +8,7 @@ from pathlib import Path
 from lowbit.core import QuantTensor
 from lowbit.integrations.checkpoint import open_checkpoint
 from lowbit.integrations.convert import Cost
-from lowbit.integrations.transformers.gguf_export import write_gguf_model
+from lowbit.integrations.transformers.gguf.export import write_gguf_model
 from lowbit.wire import Checkpoint
 
 Advance = Callable[[int, str, int], None]

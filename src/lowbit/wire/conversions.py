@@ -13,7 +13,7 @@ from lowbit.wire.base import Json, Wire
 from lowbit.wire.detect import wire_named
 from lowbit.wire.gguf.types import GgmlType
 from lowbit.wire.gguf.wire import GgufSettings
-from lowbit.wire.torchao_config import stored_dtype
+from lowbit.wire.torchao.config import stored_dtype
 
 _MODULE: Final = "model.layers.0.self_attn.q_proj"
 _SHAPE: Final = (4096, 4096)  # a shape that every format holds

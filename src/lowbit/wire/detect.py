@@ -15,9 +15,9 @@ from lowbit.wire.eetq import EetqWire
 from lowbit.wire.fbgemm_fp8 import FbgemmFp8Wire
 from lowbit.wire.gguf.wire import GgufWire
 from lowbit.wire.gptq import GptqWire
-from lowbit.wire.hqq import HqqWire
+from lowbit.wire.hqq.wire import HqqWire
 from lowbit.wire.quanto import QuantoWire
-from lowbit.wire.torchao import TorchAoWire
+from lowbit.wire.torchao.wire import TorchAoWire
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Transformers: `register` hands it our quantizers; the Auto classes use them without registering anything."""
 
 from lowbit.integrations.transformers.auto import auto_class
-from lowbit.integrations.transformers.gguf import AutoConfig, AutoTokenizer
+from lowbit.integrations.transformers.gguf.loading import AutoConfig, AutoTokenizer
 from lowbit.integrations.transformers.methods.aqlm import AqlmConfig
 from lowbit.integrations.transformers.methods.awq import AwqConfig
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig

@@ -16,7 +16,7 @@ from transformers.quantizers import auto as hf_auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import FormatError, LowbitError, PlanError
-from lowbit.integrations.transformers import gguf
+from lowbit.integrations.transformers.gguf import loading as gguf
 from lowbit.integrations.transformers.methods import method_of
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer

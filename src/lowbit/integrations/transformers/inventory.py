@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowbit.errors import FormatError
-from lowbit.integrations.transformers.experts import ExpertNames, StoredExperts
+from lowbit.integrations.transformers.experts.names import ExpertNames, StoredExperts
 from lowbit.nn.activation import scale_activations
 from lowbit.nn.embedding import is_embedding
 from lowbit.nn.swap import is_linear, linear_shape

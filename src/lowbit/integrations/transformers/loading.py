@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from lowbit.core import QuantTensor
 from lowbit.errors import FormatError, LowbitError
-from lowbit.integrations.transformers.expert_loading import quantize_experts
+from lowbit.integrations.transformers.experts.loading import quantize_experts
 from lowbit.nn import QuantLinear
 from lowbit.nn.embedding import QuantEmbedding
 from lowbit.nn.swap import is_conv1d

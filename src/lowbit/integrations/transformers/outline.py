@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from lowbit.integrations.transformers.fused import FusedExperts
+from lowbit.integrations.transformers.experts.fused import FusedExperts
 from lowbit.nn.swap import is_conv1d, is_linear, linear_shape
 
 _CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText", "AutoModel")

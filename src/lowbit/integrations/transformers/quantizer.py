@@ -18,15 +18,15 @@ from transformers.quantizers.base import HfQuantizer
 from lowbit.core import Kept, Plan, QuantSpec, dtypes
 from lowbit.errors import LowbitError, PlanError
 from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_host
-from lowbit.integrations.transformers.expert_loading import (
+from lowbit.integrations.transformers.experts.loading import (
     dequantize_experts,
     expert_converters,
     fate_of_experts,
     hold_packed,
     write_experts,
 )
-from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack, StoredStack
-from lowbit.integrations.transformers.gguf import check_positions, check_shapes
+from lowbit.integrations.transformers.experts.names import ExpertNames, ExpertStack, StoredStack
+from lowbit.integrations.transformers.gguf.loading import check_positions, check_shapes
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of

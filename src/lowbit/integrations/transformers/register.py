@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from transformers.quantizers import auto
 
-from lowbit.integrations.transformers import gguf
+from lowbit.integrations.transformers.gguf import loading as gguf
 from lowbit.integrations.transformers.methods import METHODS, add_method, remove_method
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
 from lowbit.integrations.transformers.recipe import Method, Recipe

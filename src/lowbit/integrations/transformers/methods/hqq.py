@@ -14,8 +14,8 @@ from lowbit.algorithms.hqq import HalfQuadratic
 from lowbit.core import Kept, QuantSpec
 from lowbit.errors import FormatError, PlanError
 from lowbit.integrations.transformers.recipe import Method, Recipe
-from lowbit.wire.hqq import HqqSettings, HqqWire, tag_of
-from lowbit.wire.hqq_state import TERNARY
+from lowbit.wire.hqq.state import TERNARY
+from lowbit.wire.hqq.wire import HqqSettings, HqqWire, tag_of
 
 _FORMER = ("quant_zero", "quant_scale", "offload_meta")
 

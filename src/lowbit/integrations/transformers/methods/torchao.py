@@ -15,8 +15,8 @@ from lowbit.algorithms import AffineIntegers, Algorithm, Int4Additive, ScaledFlo
 from lowbit.core import Kept, QuantSpec
 from lowbit.errors import FormatError, PlanError
 from lowbit.integrations.transformers.recipe import Method, Recipe
-from lowbit.wire.torchao import TorchAoSettings, TorchAoWire
-from lowbit.wire.torchao_config import FLOAT8, INT4, INT8, old_config
+from lowbit.wire.torchao.config import FLOAT8, INT4, INT8, old_config
+from lowbit.wire.torchao.wire import TorchAoSettings, TorchAoWire
 
 _WIRE = TorchAoWire()
 # torchao gives its int8 tensors this floor, whatever the dtype, and its intx tensors the dtype's own.

@@ -14,12 +14,18 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from lowbit.core import Kept, QuantSpec
 from lowbit.errors import FormatError, LowbitError
 from lowbit.integrations.accelerate import hand_over_hooks, is_offloaded, on_host
-from lowbit.integrations.transformers.experts import ExpertStack, StoredStack, common_fate, merges_into, stack_patterns
+from lowbit.integrations.transformers.experts.names import (
+    ExpertStack,
+    StoredStack,
+    common_fate,
+    merges_into,
+    stack_patterns,
+)
 from lowbit.nn.experts import Projection, QuantExperts, QuantStack, quantize_projection, stack_name
 from lowbit.nn.planning import matches
 
 if TYPE_CHECKING:
-    from lowbit.integrations.transformers.experts import StoredExperts
+    from lowbit.integrations.transformers.experts.names import StoredExperts
     from lowbit.integrations.transformers.quantizer import LowbitQuantizer
 
 _ANCHOR = "codes"  # the parameter under which the loader collects a stack's tensors

@@ -11,7 +11,7 @@ from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 from transformers.utils.hub import cached_file
 
 from lowbit.errors import FormatError, PlanError
-from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowbit.integrations.transformers.gguf.tokenizer import tokenizer_of
 from lowbit.integrations.transformers.methods.gguf import GgufConfig
 from lowbit.wire.gguf.architectures import ARCHITECTURES
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf

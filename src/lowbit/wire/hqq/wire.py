@@ -35,7 +35,7 @@ from lowbit.core.reference import decode_codes
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire, field, require_tensors
-from lowbit.wire.hqq_state import (
+from lowbit.wire.hqq.state import (
     FLOATS,
     PACKINGS,
     TERNARY,

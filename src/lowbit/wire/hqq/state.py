@@ -1,4 +1,4 @@
-"""The tensors of one HQQ weight: packed words, and metadata as small tensors; see :mod:`lowbit.wire.hqq`."""
+"""The tensors of one HQQ weight: packed words, and metadata as small tensors; see :mod:`lowbit.wire.hqq.wire`."""
 
 from __future__ import annotations
 

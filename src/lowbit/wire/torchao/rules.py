@@ -10,7 +10,7 @@ import torch
 from lowbit.core import FloatCode, IntCode, QuantSpec, patterns
 from lowbit.errors import FormatError, SpecError
 from lowbit.wire.base import Json
-from lowbit.wire.torchao_config import PER_TOKEN, AoConfig, granularity_of, parse_config, stored_dtype
+from lowbit.wire.torchao.config import PER_TOKEN, AoConfig, granularity_of, parse_config, stored_dtype
 
 Rules = tuple[tuple[str, AoConfig | None], ...]
 FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32)

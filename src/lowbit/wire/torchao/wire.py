@@ -11,7 +11,7 @@ Float8Tensor               e4m3 or e5m2 [out, in]                fp32 [blocks], 
 
 ``[blocks]`` is one number per block of the weight, in two dimensions. ``W = (q - zero_point) * scale``, but Int4Tensor
 is ``W = q * scale + zero_point``. Which class a weight is of, its block size and its dtype stand in the header of the
-file, without which reading would be guesswork: see :mod:`lowbit.wire.torchao_header`.
+file, without which reading would be guesswork: see :mod:`lowbit.wire.torchao.header`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
 from lowbit.wire.base import Json, Wire, require_layout, require_tensor, require_tensors
 from lowbit.wire.checks import names_of, require_finite, require_positive
-from lowbit.wire.torchao_config import (
+from lowbit.wire.torchao.config import (
     FLOAT8,
     INT4,
     INT8,
@@ -42,8 +42,8 @@ from lowbit.wire.torchao_config import (
     parse_config,
     parse_object,
 )
-from lowbit.wire.torchao_header import Header, parse_header, write_header
-from lowbit.wire.torchao_rules import FLOATS, Rules, nearest_config, parse_rules, rule_of, store_rules
+from lowbit.wire.torchao.header import Header, parse_header, write_header
+from lowbit.wire.torchao.rules import FLOATS, Rules, nearest_config, parse_rules, rule_of, store_rules
 
 _PREFIX: Final = "_weight_"
 _PER_MODULE: Final = ("FqnToConfig", "ModuleFqnToConfig")

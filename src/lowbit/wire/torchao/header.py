@@ -12,7 +12,7 @@ import torch
 from lowbit.core import Activation, QuantSpec, dtypes
 from lowbit.errors import FormatError
 from lowbit.wire.base import Json
-from lowbit.wire.torchao_config import (
+from lowbit.wire.torchao.config import (
     AUTO_KERNEL,
     FLOAT8,
     INT4,

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from lowbit.errors import FormatError
-from lowbit.integrations.transformers.gguf_splits import BY_NAME, Split, find_split
+from lowbit.integrations.transformers.gguf.splits import BY_NAME, Split, find_split
 from lowbit.wire.gguf.values import Typed, ValueType
 
 _PREFIX: Final = "tokenizer.ggml."

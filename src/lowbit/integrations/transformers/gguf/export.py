@@ -16,7 +16,7 @@ from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.core import QuantTensor, respell
 from lowbit.core.respell import simplest
 from lowbit.errors import FormatError, PlanError, SpecError
-from lowbit.integrations.transformers.gguf_tokenizer import tokenizer_metadata, tokenizer_of
+from lowbit.integrations.transformers.gguf.tokenizer import tokenizer_metadata, tokenizer_of
 from lowbit.wire.gguf.architectures import Architecture
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
 from lowbit.wire.gguf.codec import spec_of, write_blocks

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from lowbit.integrations.transformers.experts import ExpertNames, ExpertStack
+from lowbit.integrations.transformers.experts.names import ExpertNames, ExpertStack
 
 
 class FusedExperts:

@@ -1,0 +1,1 @@
+"""GGUF files through Transformers: loading, tokenizers, writing."""

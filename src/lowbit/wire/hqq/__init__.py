@@ -1,0 +1,1 @@
+"""HQQ: the wire, and the tensors of one weight."""

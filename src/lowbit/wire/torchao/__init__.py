@@ -1,0 +1,1 @@
+"""torchao: the wire, its configs, what it says in headers, and which config a weight has."""
