@@ -7,6 +7,8 @@ so other threads and other calls keep what they had.
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from lowbit.integrations.transformers.gguf import loading as gguf
 from lowbit.integrations.transformers.methods import method_of
 from lowbit.integrations.transformers.methods.bitsandbytes import BitsAndBytesConfig
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
+from lowbit.integrations.transformers.recipe import Method
 from lowbit.wire.store import FORMER_KEY, read_json, sidecar_config
 
 _METHOD = "lowbit"
+_log = logging.getLogger(__name__)
 
 
 class _Carried(QuantizationConfigMixin):
@@ -140,9 +144,20 @@ def _as_object(data: dict[str, Any]) -> Any:
     """A config object from a dict, as it stands in config.json."""
     method = method_of(data)
     try:
-        return method.config_class.from_dict({**data, "quant_method": method.name})
+        config = method.config_class.from_dict({**data, "quant_method": method.name})
     except (TypeError, ValueError) as error:
         raise FormatError(f"quantization_config is not valid: {error}", found=repr(data)[:200]) from error
+    if unknown := sorted(set(map(str, data)) - _known_keys(method, config)):
+        _log.warning("quantization_config (%s) has keys that mean nothing to lowbit: %.200s", method.name, unknown)
+    return config
+
+
+def _known_keys(method: Method, config: Any) -> set[str]:
+    arguments: set[str] = set()
+    for base in type(config).__mro__:
+        if "__init__" in vars(base):
+            arguments |= set(inspect.signature(vars(base)["__init__"]).parameters)
+    return {"quant_method", *_defaults(config), *arguments, *method.known}
 
 
 def _load_config(path: str, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:

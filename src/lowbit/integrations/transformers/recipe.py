@@ -84,6 +84,7 @@ class Method:
         loading: arguments that say how to run; a caller's take the place of the stored ones.
         names_defaults: whether a stored list of dense modules names also those that stay dense by default, since
             readers that find a list keep nothing else dense.
+        known: further keys of stored configs that mean nothing to us, or that the wire reads.
         prepare: called with the config before a model is quantized on the fly, to complete it or to warn.
         default_dtype: what `from_pretrained` loads in when nothing is said, given whether the checkpoint is quantized.
     """
@@ -95,5 +96,6 @@ class Method:
     not_stored: frozenset[str] = frozenset()
     loading: frozenset[str] = frozenset()
     names_defaults: bool = False
+    known: frozenset[str] = frozenset()
     prepare: Callable[[Any], None] = lambda config: None
     default_dtype: Callable[[bool], str | None] = lambda pre_quantized: None

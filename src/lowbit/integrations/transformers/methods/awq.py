@@ -86,6 +86,10 @@ METHOD = Method(
     "awq",
     AwqConfig,
     recipe,
+    # What llm-awq, AutoAWQ and GPTQModel write besides.
+    known=frozenset(
+        ("checkpoint_format", "desc_act", "lm_head", "pack_dtype", "q_group_size", "sym", "uri", "version", "w_bit")
+    ),
     not_stored=frozenset({"backend", "max_input_length", "kernel_version", "tokenizer", "dataset", "meta"}),
     default_dtype=lambda pre_quantized: "float16",
 )

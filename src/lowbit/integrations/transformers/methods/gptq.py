@@ -181,6 +181,25 @@ METHOD = Method(
     "gptq",
     GPTQConfig,
     recipe,
+    # What AutoGPTQ and GPTQModel write besides.
+    known=frozenset(
+        (
+            "checkpoint_format",
+            "desc_act",
+            "is_marlin_format",
+            "lm_head",
+            "model_file_base_name",
+            "model_name_or_path",
+            "mse",
+            "offload_to_disk",
+            "pack_dtype",
+            "pack_impl",
+            "rotation",
+            "static_groups",
+            "uri",
+            "v2",
+        )
+    ),
     prepare=prepare,
     not_stored=frozenset({"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "meta"}),
 )
