@@ -76,6 +76,8 @@ METHODS = (
     Method("dense, bf16"),
     Method("bitsandbytes int8", _bitsandbytes(load_in_8bit=True)),
     Method("gptq 8 bits", _gptq(8)),
+    Method("fbgemm fp8", lambda: lowbit.FbgemmFp8Config(activation_scale_ub=1200.0)),
+    Method("quanto int8", lambda: lowbit.QuantoConfig(weights="int8")),
     Method("bitsandbytes nf4", _bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     Method(
         "bitsandbytes nf4, nested",
@@ -85,6 +87,8 @@ METHODS = (
     Method("gptq 4 bits", _gptq(4)),
     Method("gptq 4 bits, symmetric", _gptq(4, symmetric=True)),
     Method("awq 4 bits", lambda: lowbit.AwqConfig(bits=4, group_size=128)),
+    Method("hqq 4 bits", lambda: lowbit.HqqConfig(nbits=4, group_size=64)),
+    Method("gguf Q4_K_M", lambda: lowbit.GgufConfig(type="Q4_K_M")),
     Method("gptq 3 bits", _gptq(3)),
     Method("gptq 2 bits", _gptq(2)),
 )
