@@ -203,7 +203,7 @@ class TestMistakes:
             (("inspect", "EMPTY"), "is not a checkpoint"),
             (("quantize", "SMALL", "NEW"), "Missing option '--method'"),
             (("quantize", "SMALL", "NEW", "--method", "magic"), "--method"),
-            (("quantize", "SMALL", "NEW", "--method", "nf4", "--format", "gptq"), "not in gptq"),
+            (("quantize", "SMALL", "NEW", "--method", "nf4", "--format", "gptq"), "not as gptq"),
             (("quantize", "SMALL", "SMALL", "--method", "nf4"), "the source itself"),
             (("quantize", "SMALL", "FULL", "--method", "nf4"), "is not empty; --overwrite replaces it"),
             (("quantize", "SMALL", "FULL", "--method", "nf4", "--overwrite"), "not a checkpoint"),

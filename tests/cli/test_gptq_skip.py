@@ -66,9 +66,9 @@ def test_dynamic_leaves_modules_dense(small: Path, rule: str) -> None:
     assert _dense(_load(small, config)) == DOWN
 
 
-@pytest.mark.parametrize("dynamic", [{"+:.*up_proj": {"bits": 8}}, {".*": {"group_size": 32}}, ["-:x"], {"-:x": 1}])
+@pytest.mark.parametrize("dynamic", [{"+:.*up_proj": {"bits": 7}}, {".*": {"group_size": 0}}, ["-:x"], {"-:x": 1}])
 def test_dynamic_that_is_not_understood(small: Path, dynamic: Any) -> None:
-    with pytest.raises(FormatError, match="dynamic"):
+    with pytest.raises(FormatError):
         _load(small, lowbit.GPTQConfig(4, dynamic=dynamic))
 
 
