@@ -11,7 +11,8 @@ PYTEST_ARGS ?=
 # Of each checkpoint that `make fuzz` changes, how many changed ones it tries; `make test` tries 25.
 FUZZ_EXAMPLES ?= 500
 # What meets Transformers, and so is tested with the older one too.
-TRANSFORMERS_TESTS ?= tests/nn tests/integrations tests/e2e tests/docs/test_twelfth_method.py
+TRANSFORMERS_TESTS ?= tests/nn tests/e2e/test_seeds.py tests/docs/test_twelfth_method.py \
+	$(addprefix tests/integrations/test_,transformers.py every_format.py experts.py gguf_auto.py gptq_awq.py)
 
 # Threads that wait by spinning starve each other where there are fewer cores than threads.
 export OMP_WAIT_POLICY = PASSIVE

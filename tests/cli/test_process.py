@@ -50,8 +50,9 @@ def test_importing_the_command_line_is_light() -> None:
 def test_stopping_leaves_nothing_behind(small: Path, tmp_path: Path, number: int, status: int) -> None:
     # Reports when the new folder is being filled, and takes its time from there.
     program = f"""
-import sys, time, lowbit.cli.quantize as quantize
+import signal, sys, time, lowbit.cli.quantize as quantize
 from lowbit.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored where the tests run in the background
 def slow(model, source, folder):
     (folder / "model.safetensors").touch()
     print("saving", flush=True)

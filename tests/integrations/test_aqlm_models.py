@@ -169,6 +169,7 @@ def test_loading_takes_the_file_one_layer_and_a_constant(source: Path, tmp_path:
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert measured["peak"] < size + LAYER + CONSTANT < 2 * sum(p.numel() for p in model.parameters())
     assert measured["footprint"] < size
+    assert measured["generating"] < LAYER + CONSTANT
 
 
 def edited(source: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:

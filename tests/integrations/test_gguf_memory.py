@@ -50,3 +50,4 @@ def test_peak_memory_of_loading(tmp_path: Path) -> None:
     layer = 4 * 768 * 3072  # its largest matrix, were it dense
     assert measured["footprint"] < 1.01 * file.stat().st_size
     assert measured["peak"] < file.stat().st_size + layer + CONSTANT
+    assert measured["generating"] < layer + CONSTANT

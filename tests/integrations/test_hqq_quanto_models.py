@@ -238,3 +238,4 @@ def test_peak_memory_of_loading_hqq(tmp_path: Path) -> None:
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert measured["peak"] < size + LAYER + CONSTANT < dense_size
     assert measured["footprint"] < size
+    assert measured["generating"] < LAYER + CONSTANT

@@ -1,4 +1,7 @@
-"""Loading a quantized checkpoint takes its size, one layer and a constant; measured in a process of its own."""
+"""Loading a quantized checkpoint takes its size, one layer and a constant, and generating no more than the latter two.
+
+Measured in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ LAYER = 2 * 768 * 3072 * 3  # the largest decoder block's linears in fp16, were 
 CONSTANT = 64 * MIB
 
 PROBE = """
-import gc, json, sys, threading, time
-import lowbit, transformers
+import gc, json, sys, threading
+import lowbit, torch, transformers
 
 transformers.logging.disable_progress_bar()
 
@@ -27,23 +30,33 @@ def anonymous():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
+def growth(work):
+    # What work() returns, and the most anonymous memory that it took beyond what there was.
+    gc.collect()
+    before, peak, done = anonymous(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    result = work()
+    done.set()
+    watcher.join()
+    return result, max(peak, anonymous()) - before
+
+def generate(model):
+    return model.generate(torch.arange(3, 19)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
+
 load = lowbit.AutoModelForCausalLM.from_pretrained
-load(sys.argv[1])  # imports, thread pools and the like
-gc.collect()
-before, peak, done = anonymous(), 0, False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load(sys.argv[2])
-done = True
-watcher.join()
-print(json.dumps({"peak": max(peak, anonymous()) - before, "footprint": model.get_memory_footprint()}))
+generate(load(sys.argv[1]))  # imports, thread pools and the like
+model, peak = growth(lambda: load(sys.argv[2]))
+footprint = model.get_memory_footprint()
+_, generating = growth(lambda: generate(model))
+assert model.get_memory_footprint() == footprint
+print(json.dumps({"peak": peak, "generating": generating, "footprint": footprint}))
 """
 
 CONFIGS = {
@@ -77,6 +90,7 @@ def test_peak_memory_of_loading(method: str, dense: Path, small: Path, tmp_path:
     measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert measured["peak"] < size + LAYER + CONSTANT
+    assert measured["generating"] < LAYER + CONSTANT
     dense_size = (dense / "model.safetensors").stat().st_size
     if method != "int8":
         assert size + LAYER + CONSTANT < dense_size, "the bound would not catch a model that was expanded"

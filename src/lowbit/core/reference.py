@@ -113,7 +113,13 @@ def linear(
     """
     if spec.activation.kind == "int8":
         return _int8_linear(inputs, spec, tensors, shape, bias)
-    weight = dequantize(spec, tensors, shape, inputs.dtype)
+    return multiply(inputs, dequantize(spec, tensors, shape, inputs.dtype), spec, tensors, bias)
+
+
+def multiply(
+    inputs: Tensor, weight: Tensor, spec: QuantSpec, tensors: Mapping[str, Tensor], bias: Tensor | None
+) -> Tensor:
+    """:func:`linear` with the dequantized weight, for every policy but LLM.int8()'s, which needs the codes."""
     if spec.activation.kind == "none":
         return functional.linear(inputs, weight, bias)
     outputs = functional.linear(round_inputs(inputs, spec.activation, tensors), weight, bias)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from torch import Tensor
 from lowbit.core.reference import dequantize
 from lowbit.core.spec import QuantSpec
 
+_STRIP = 1 << 18  # weights: a mebibyte in fp32, which a core's own cache holds
+_LEVELS = ("scales", "zeros")
 _WHOLE = frozenset({"table", "codebooks", "group_index"})
 
 
@@ -26,6 +30,50 @@ def dequantize_rows(
     return dequantize(spec, select_rows(tensors, shape, rows), (len(rows), shape[1]), dtype)
 
 
+def dequantize_in_strips(
+    spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """What :func:`dequantize` gives, made a strip at a time: of rows that don't share tensors, or of flat groups.
+
+    The steps of the arithmetic then take memory for a strip and not for the whole weight, and find it in the cache.
+    """
+    if spec.grouping.flat and tensors["codes"].device.type == "cpu":
+        return _flat_strips(spec, tensors, shape, dtype)
+    rows = max(1, _STRIP // max(1, shape[1]))
+    if shape[0] <= rows or tensors["codes"].device.type != "cpu" or not can_select_rows(spec, shape):
+        return dequantize(spec, tensors, shape, dtype)
+    result = torch.empty(shape, dtype=dtype)
+    for first in range(0, shape[0], rows):
+        last = min(first + rows, shape[0])
+        strip = _each(tensors, shape, operator.itemgetter(slice(first, last)))
+        result[first:last] = dequantize(spec, strip, (last - first, shape[1]), dtype)
+    return result
+
+
+def _flat_strips(spec: QuantSpec, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Groups that run over the ends of rows are cut where a group ends, and the scale of its scale, and a byte."""
+    count, group = shape[0] * shape[1], spec.grouping.cols
+    levels = (spec.scale.second, spec.zero.second if spec.zero else None)
+    strip = math.lcm(8, group, *(group * level.size for level in levels if level and level.size))
+    strip *= max(1, _STRIP // strip)
+    packed = any(level and level.kind == "integer" for level in levels) or (spec.zero and spec.zero.kind == "integer")
+    if count <= strip or packed or tensors["codes"].dim() != 1:
+        return dequantize(spec, tensors, shape, dtype)
+    per = {"codes": (8, spec.bits), "scales": (group, 1), "zeros": (group, 1)}
+    per |= {f"super_{name}": (group * level.size, 1) for name, level in zip(_LEVELS, levels, strict=True) if level}
+    result = torch.empty(count, dtype=dtype)
+    for first in range(0, count, strip):
+        last = min(first + strip, count)
+        part = {
+            name: tensor[first * per[name][1] // per[name][0] : -(-last * per[name][1] // per[name][0])]
+            if name in per and per[name][0]
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        result[first:last] = dequantize(spec, part, (1, last - first), dtype).view(-1)
+    return result.view(shape)
+
+
 def can_select_rows(spec: QuantSpec, shape: tuple[int, int]) -> bool:
     """Whether every row has tensors of its own, but for tables."""
     grouping = spec.grouping
@@ -38,15 +86,20 @@ def can_select_rows(spec: QuantSpec, shape: tuple[int, int]) -> bool:
 
 def select_rows(tensors: Mapping[str, Tensor], shape: tuple[int, int], rows: Tensor) -> dict[str, Tensor]:
     """The tensors of the weight ``W[rows]``, where :func:`can_select_rows` holds."""
+    return _each(tensors, shape, lambda tensor: _take(tensor, rows))
+
+
+def _each(tensors: Mapping[str, Tensor], shape: tuple[int, int], take: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """`take` of every tensor that has rows; what all rows share is left as it is."""
     selected = {}
     for name, tensor in tensors.items():
         shared = name in _WHOLE or tensor.numel() == 1 != shape[0] or name.endswith(("_table", "_offset"))
         if shared or name.startswith(("input_", "output_")):
             selected[name] = tensor
         elif name.startswith("super_"):
-            selected[name] = tensor.view(shape[0], -1).index_select(0, rows).reshape(-1)
+            selected[name] = take(tensor.view(shape[0], -1)).reshape(-1)
         else:
-            selected[name] = _take(tensor, rows)
+            selected[name] = take(tensor)
     return selected
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.core import QuantSpec, QuantTensor, reference
+from lowbit.core.rows import dequantize_in_strips
 from lowbit.core.spec import TensorLayout
 from lowbit.kernels.registry import Kernel, Problem
 
@@ -42,9 +43,12 @@ class TorchKernel(Kernel):
         tensors: Mapping[str, Tensor],
         bias: Tensor | None,
     ) -> Tensor:
-        return reference.linear(inputs, spec, tensors, shape, bias)
+        if spec.activation.kind == "int8":
+            return reference.linear(inputs, spec, tensors, shape, bias)
+        weight = dequantize_in_strips(spec, tensors, shape, inputs.dtype)
+        return reference.multiply(inputs, weight, spec, tensors, bias)
 
     def dequantize(
         self, spec: QuantSpec, shape: tuple[int, int], tensors: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
-        return reference.dequantize(spec, tensors, shape, dtype)
+        return dequantize_in_strips(spec, tensors, shape, dtype)
