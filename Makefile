@@ -16,6 +16,8 @@ TRANSFORMERS_TESTS ?= tests/nn tests/e2e/test_seeds.py tests/docs/test_twelfth_m
 
 # Threads that wait by spinning starve each other where there are fewer cores than threads.
 export OMP_WAIT_POLICY = PASSIVE
+# Many tests start processes; without bytecode on the disk each would compile torch and Transformers again.
+unexport PYTHONDONTWRITEBYTECODE
 
 PY := $(VENV)/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
