@@ -21,7 +21,7 @@ from lowbit.core import FloatCode, Grouping, QuantSpec, QuantTensor, Scale
 from lowbit.errors import FormatError, PlanError
 from lowbit.kernels import Problem, kernel_named, ops, select
 from lowbit.nn.linear import CANONICAL
-from lowbit.nn.packed import PackedModule
+from lowbit.nn.packed import PackedModule, working_dtype
 
 GATE_UP: Final = "gate_up_proj"
 UP: Final = "up_proj"
@@ -239,22 +239,13 @@ class QuantStack(PackedModule):
 
     def forward(self, inputs: Tensor, experts: Tensor, bias: Tensor | None = None) -> Tensor:
         """``inputs [rows, in]`` times the matrix of each row's expert, plus its row of ``bias [E, out]``."""
-        dtype = inputs.dtype
-        if torch.is_autocast_enabled(inputs.device.type):
-            dtype = torch.get_autocast_dtype(inputs.device.type)
+        dtype = working_dtype(inputs)
         compute = self.compute_dtype or dtype
         bias = None if bias is None else bias.to(compute)
         outputs = ops.expert_linear(
             inputs.to(compute), experts, self.packed, bias, self.spec_key, self.kernel, self.shape[0]
         )
         return outputs.to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantStack:
-        before = self.packed[0].device.type
-        super()._apply(fn, recurse)
-        if self.packed[0].device.type != before:
-            self.select_kernel()
-        return self
 
     def extra_repr(self) -> str:
         return f"{self.experts} x {self.shape[1]} -> {self.shape[0]}, {self.spec}, {self.kernel} kernel"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from lowbit.algorithms import quantize
 from lowbit.core import QuantSpec, QuantTensor
 from lowbit.errors import PlanError
 from lowbit.kernels import Problem, kernel_named, ops, select
-from lowbit.nn.packed import PackedModule
+from lowbit.nn.packed import PackedModule, working_dtype
 
 CANONICAL = "torch"  # the kernel whose layout is the spec's own
 
@@ -147,20 +146,11 @@ class QuantLinear(PackedModule, nn.Linear):
             self._place(tensors)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        dtype = inputs.dtype
-        if torch.is_autocast_enabled(inputs.device.type):
-            dtype = torch.get_autocast_dtype(inputs.device.type)
+        dtype = working_dtype(inputs)
         compute = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute)
         outputs = ops.linear(inputs.to(compute), self.packed, bias, self.spec_key, self.kernel, self.out_features)
         return outputs.to(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        before = self.packed[0].device.type
-        super()._apply(fn, recurse)
-        if self.packed[0].device.type != before:
-            self.select_kernel()
-        return self
 
     def extra_repr(self) -> str:
         bias = ", bias" if self.bias is not None else ""

@@ -37,6 +37,7 @@ class PackedModule(nn.Module):
 
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """Move the packed tensors as bytes, so that a cast leaves codes and scales alone."""
+        before = self.packed[0].device.type if self._names else None
         packed = {name: self._parameters.pop(name) for name in self._names}
         try:
             super()._apply(fn, recurse)
@@ -46,4 +47,18 @@ class PackedModule(nn.Module):
                     packed[name] = nn.Parameter(moved, requires_grad=False)
         finally:
             self._parameters.update(packed)
+        if self._names and self.packed[0].device.type != before:
+            self.select_kernel()
         return self
+
+    def select_kernel(self, name: str | None = None) -> None:
+        """Bring the weight into the layout of the kernel `name`, by default of the best one for its device.
+
+        Called wherever the module has changed its device. Here there is nothing to choose from.
+        """
+
+
+def working_dtype(inputs: Tensor) -> torch.dtype:
+    """What a linear layer computes in: the inputs' dtype, or autocast's where that is switched on."""
+    place = inputs.device.type
+    return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else inputs.dtype
