@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowbit.algorithms.statistics import Statistics
 from lowbit.core import QuantSpec, QuantTensor
 from lowbit.errors import PlanError
 
@@ -17,9 +18,12 @@ class Algorithm(abc.ABC):
 
     Attributes:
         name: how plans and commands call it.
+        needs: what it wants to know of the layer's inputs, by the names of the attributes of
+            :class:`~lowbit.algorithms.statistics.Statistics`; empty where the weight is enough.
     """
 
     name: ClassVar[str]
+    needs: frozenset[str] = frozenset()
 
     @abc.abstractmethod
     def supports(self, spec: QuantSpec) -> bool:
@@ -27,7 +31,12 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def quantize(self, weight: Tensor, spec: QuantSpec) -> QuantTensor:
-        """Quantize ``weight [out, in]`` (floating point, any device) to `spec`."""
+        """Quantize ``weight [out, in]`` (floating point, any device) to `spec`, knowing nothing of its inputs."""
+
+    def calibrated(self, weight: Tensor, spec: QuantSpec, statistics: Statistics) -> QuantTensor:
+        """The same, knowing the statistics of its inputs that it :attr:`needs`."""
+        del statistics
+        return self.quantize(weight, spec)
 
 
 @functools.cache
