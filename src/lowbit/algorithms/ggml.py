@@ -1,7 +1,7 @@
-"""ggml's quantizers, for every type that needs no importance matrix: the bits of llama.cpp's reference code on CPUs.
+"""ggml's quantizers, with an importance matrix and without one: the bits of llama.cpp's reference code on CPUs.
 
-The plain types spread each block's range over the codes; the K types and IQ4 search (:mod:`lowbit.algorithms.kquants`).
-IQ1, IQ2 and IQ3 are not among them: llama.cpp itself wants statistics of the activations for most of these.
+The plain types spread each block's range over the codes, and search scales where importance is known; the K types and
+IQ4 always search (:mod:`lowbit.algorithms.ggml_searched`), as IQ1, IQ2 and IQ3 do (:mod:`lowbit.algorithms.lattices`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from torch import Tensor
 
 from lowbit.algorithms import kquants
 from lowbit.algorithms.base import Algorithm
-from lowbit.algorithms.kquants import fp32
-from lowbit.core import FloatCode, QuantSpec, QuantTensor, pack
+from lowbit.algorithms.ggml_parts import SUPER, Parts, blocks_of, packed_codes, require_finite
+from lowbit.algorithms.ggml_searched import nonlinear, search_ranges, search_scales, with_mins, without_mins
+from lowbit.algorithms.statistics import SQUARES, Statistics
+from lowbit.core import FloatCode, QuantSpec, QuantTensor
 from lowbit.core.ggml import GGML_SPECS, ggml_type_of
-from lowbit.core.tables import E2M1, IQ4_NL, SIGN
+from lowbit.core.tables import E2M1, SIGN
 from lowbit.errors import PlanError
 
 _CHUNK: Final = 1 << 19  # weights quantized at once: what a search keeps of them fits a processor's cache
-_SUPER: Final = 256
-
-Parts = dict[str, Tensor]
+_CHUNK_GPU: Final = 1 << 23
 
 
 class GgmlBlocks(Algorithm):
-    """What llama.cpp makes of a weight without an importance matrix, for each type as its spec says."""
+    """What llama.cpp makes of a weight, for each type as its spec says.
+
+    Calibrated, its importance matrix is ``statistics.importance()``. The search is that of ``ggml_quantize_chunk``.
+    """
 
     name: ClassVar[str] = "ggml"
+    needs = frozenset({SQUARES})
 
     def supports(self, spec: QuantSpec) -> bool:
         return ggml_type_of(spec) in MAKERS
@@ -38,19 +42,32 @@ class GgmlBlocks(Algorithm):
         """See :meth:`Algorithm.quantize`.
 
         Raises:
-            PlanError: no quantizer for the spec, rows that aren't whole blocks, or values that the type can't hold.
+            PlanError: no quantizer for the spec, or none without importance; rows that aren't whole blocks; values that
+                the type can't hold.
         """
-        name = ggml_type_of(spec)
-        maker = MAKERS.get(name or "")
-        if name is None or maker is None:
-            raise PlanError(f"ggml's quantizers make {', '.join(MAKERS)}; not '{spec}'")
+        return self._quantize(weight, spec, None)
+
+    def calibrated(self, weight: Tensor, spec: QuantSpec, statistics: Statistics) -> QuantTensor:
+        """See :meth:`Algorithm.calibrated`; without importance the same as :meth:`quantize`.
+
+        Raises:
+            PlanError: as :meth:`quantize`, or an importance of another length, with negative numbers, or not finite.
+        """
+        importance = statistics.importance()
+        if importance is not None:
+            importance = checked_importance(importance, weight)
+        return self._quantize(weight, spec, importance)
+
+    def _quantize(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> QuantTensor:
+        name, maker = _maker(spec, weight)
+        if importance is None and maker.calibrated:
+            raise PlanError(
+                f"{name} can't be made of the weight alone: llama.cpp and lowbit want the importance of its inputs "
+                "(an importance matrix); calibrate, or choose IQ2_S, IQ3_XXS, IQ3_S or a K type"
+            )
         shape = (weight.shape[0], weight.shape[1])
-        if 0 in shape:
-            raise PlanError(f"a weight of shape {list(shape)} holds nothing to quantize")
-        if shape[1] % maker.elements:
-            raise PlanError(f"{name} has blocks of {maker.elements} weights; a row of {shape[1]} isn't a multiple")
-        step = max(1, _CHUNK // shape[1])
-        made = [_made(name, maker, rows.float()) for rows in weight.split(step)]
+        step = max(1, (_CHUNK_GPU if weight.is_cuda else _CHUNK) // shape[1])
+        made = [_made(name, maker, rows.float(), importance) for rows in weight.split(step)]
         layout = spec.tensors(shape)
         tensors = {
             key: torch.cat([part[key] for part in made]).view(layout[key][0]) for key in made[0] if key != "table"
@@ -59,30 +76,53 @@ class GgmlBlocks(Algorithm):
         return QuantTensor(spec, tensors, shape).validate()
 
 
+def checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
+    """``fp32 [in]`` beside the weight; all zeros, which say nothing, become ones.
+
+    Raises:
+        PlanError: another shape, negative numbers, or not finite.
+    """
+    numbers = importance.detach().to(weight.device, torch.float32)
+    if tuple(numbers.shape) != (weight.shape[1],):
+        raise PlanError(f"importance of shape {list(numbers.shape)} for a weight with {weight.shape[1]} columns")
+    if not bool(torch.isfinite(numbers).all()) or bool((numbers < 0).any()):
+        raise PlanError("importance is a mean of squares: finite, and not negative")
+    return numbers if bool((numbers > 0).any()) else torch.ones_like(numbers)
+
+
 class Maker(NamedTuple):
-    """Weights per block, and what makes the tensors of ``fp32 [rows, in]``."""
+    """Weights per block, what makes the tensors of ``fp32 [rows, in]`` and ``fp32 [in]``, if it can't do without."""
 
     elements: int
-    make: Callable[[str, Tensor], Parts]
+    make: Callable[[str, Tensor, Tensor | None], Parts]
+    calibrated: bool = False
 
 
-def _made(name: str, maker: Maker, rows: Tensor) -> Parts:
+def _maker(spec: QuantSpec, weight: Tensor) -> tuple[str, Maker]:
+    name = ggml_type_of(spec)
+    maker = MAKERS.get(name or "")
+    if name is None or maker is None:
+        raise PlanError(f"ggml's quantizers make {', '.join(MAKERS)}; not '{spec}'")
+    if 0 in weight.shape:
+        raise PlanError(f"a weight of shape {list(weight.shape)} holds nothing to quantize")
+    if weight.shape[1] % maker.elements:
+        raise PlanError(f"{name} has blocks of {maker.elements} weights; a row of {weight.shape[1]} isn't a multiple")
+    return name, maker
+
+
+def _made(name: str, maker: Maker, rows: Tensor, importance: Tensor | None) -> Parts:
     if maker.elements > 1:
-        _require_finite(name, rows.abs().amax())
-    parts = maker.make(name, rows)
+        require_finite(name, rows.abs().amax())
+    parts = maker.make(name, rows, importance)
     for key, numbers in parts.items():
         if key != "codes" and numbers.is_floating_point():
-            _require_finite(name, numbers)
+            require_finite(name, numbers)
     return parts
 
 
-def _require_finite(name: str, numbers: Tensor) -> None:
-    if not bool(torch.isfinite(numbers.float()).all()):
-        raise PlanError(f"the weight holds values that {name} can't: NaN, infinite, or too large for its scales")
-
-
-def _blocks(rows: Tensor, size: int) -> Tensor:
-    return rows.reshape(-1, size)
+def _alone(make: Callable[[str, Tensor], Parts]) -> Callable[[str, Tensor, Tensor | None], Parts]:
+    """Of a type that llama.cpp makes without regard to importance."""
+    return lambda name, rows, importance: make(name, rows)
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
@@ -98,35 +138,37 @@ def _half_away(x: Tensor) -> Tensor:
     return (whole + (2 * (magnitude - whole)).floor()) * x.sign()
 
 
-def _codes(codes: Tensor, rows: int, bits: int) -> Tensor:
-    flat = codes.to(torch.int8 if bits <= 7 else torch.int16).reshape(rows, -1)
-    return pack(flat, bits)
-
-
-def _signed(name: str, rows: Tensor) -> Parts:
-    """Q4_0, Q5_0: the value of the greatest magnitude becomes the lowest code."""
+def _signed(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
+    """Q4_0, Q5_0: the value of the greatest magnitude becomes the lowest code, or a scale is searched."""
     bits = GGML_SPECS[name].bits
+    if importance is not None:
+        found = search_scales(rows, 32, bits, importance)
+        return {"codes": packed_codes(found.codes.t(), len(rows), bits), "scales": found.scale.half()}
     half = 1 << bits - 1
-    blocks = _blocks(rows, 32)
+    blocks = blocks_of(rows, 32)
     scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -half
     codes = (blocks * _reciprocal(scale) + (half + 0.5)).trunc().clamp(0, 2 * half - 1) - half
-    return {"codes": _codes(codes, len(rows), bits), "scales": scale.half()}
+    return {"codes": packed_codes(codes, len(rows), bits), "scales": scale.half()}
 
 
-def _ranged(name: str, rows: Tensor) -> Parts:
-    """Q4_1, Q5_1: from the minimum to the maximum."""
+def _ranged(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
+    """Q4_1, Q5_1: from the minimum to the maximum, or as searched."""
     bits = GGML_SPECS[name].bits
-    blocks = _blocks(rows, 32)
+    if importance is not None:
+        found = search_ranges(rows, 32, bits, importance)
+        codes = packed_codes(found.codes.t(), len(rows), bits)
+        return {"codes": codes, "scales": found.scale.half(), "zeros": (-found.minimum).half()}
+    blocks = blocks_of(rows, 32)
     low = blocks.amin(1, keepdim=True)
     scale = (blocks.amax(1, keepdim=True) - low) / ((1 << bits) - 1)
     codes = ((blocks - low) * _reciprocal(scale) + 0.5).trunc().clamp(0, (1 << bits) - 1)
-    return {"codes": _codes(codes, len(rows), bits), "scales": scale.half(), "zeros": low.half()}
+    return {"codes": packed_codes(codes, len(rows), bits), "scales": scale.half(), "zeros": low.half()}
 
 
 def _bytes(name: str, rows: Tensor) -> Parts:
     """Q8_0."""
     del name
-    blocks = _blocks(rows, 32)
+    blocks = blocks_of(rows, 32)
     scale = blocks.abs().amax(1, keepdim=True) / 127
     codes = _half_away(blocks * _reciprocal(scale)).to(torch.int8)
     return {"codes": codes.reshape(rows.shape), "scales": scale.half()}
@@ -135,7 +177,7 @@ def _bytes(name: str, rows: Tensor) -> Parts:
 def _mxfp4(name: str, rows: Tensor) -> Parts:
     """The power of two that brings the largest value into 4 to 8, then the nearest number."""
     del name
-    blocks = _blocks(rows, 32)
+    blocks = blocks_of(rows, 32)
     magnitude = blocks.abs().amax(1, keepdim=True)
     # The logarithm is rounded to fp32 before it is rounded down, as in C: just below a power of two that matters.
     exponent = magnitude.double().log2().float().floor() + 125
@@ -146,7 +188,7 @@ def _mxfp4(name: str, rows: Tensor) -> Parts:
 def _nvfp4(name: str, rows: Tensor) -> Parts:
     """The scale in E4M3 that brings the largest value to 6, then the nearest number."""
     del name
-    blocks = _blocks(rows, 16)
+    blocks = blocks_of(rows, 16)
     scale = _e4m3(blocks.abs().amax(1, keepdim=True) / 6)
     return _nearest_e2m1(blocks, scale, len(rows))
 
@@ -165,23 +207,23 @@ def _nearest_e2m1(blocks: Tensor, scale: Tensor, rows: int) -> Parts:
     table = torch.tensor(E2M1, device=blocks.device)
     candidates = scale.float() * table
     errors = (candidates.unsqueeze(1) - blocks.unsqueeze(2)).abs_()
-    return {"codes": _codes(errors.argmin(2), rows, 4), "scales": scale, "table": table}
+    return {"codes": packed_codes(errors.argmin(2), rows, 4), "scales": scale, "table": table}
 
 
 def _sign(name: str, rows: Tensor) -> Parts:
     """Q1_0: the mean of the magnitudes, and a sign."""
     del name
-    blocks = _blocks(rows, 128)
+    blocks = blocks_of(rows, 128)
     scale = kquants.total(blocks.abs().t().contiguous()) / 128
     table = torch.tensor(SIGN, device=rows.device)
-    return {"codes": _codes(blocks >= 0, len(rows), 1), "scales": scale.half(), "table": table}
+    return {"codes": packed_codes(blocks >= 0, len(rows), 1), "scales": scale.half(), "table": table}
 
 
 def _ternary(name: str, rows: Tensor) -> Parts:
     """TQ1_0, TQ2_0: the nearest of -1, 0, 1 times the absolute maximum; stored as 0, 1, 2."""
-    blocks = _blocks(rows, _SUPER)
+    blocks = blocks_of(rows, SUPER)
     scale = blocks.abs().amax(1, keepdim=True)
-    _require_finite(name, scale.half())
+    require_finite(name, scale.half())
     digits = (_half_away(blocks * _reciprocal(scale)) + 1).to(torch.uint8)
     stored = _base_3(digits) if name == "TQ1_0" else _base_4(digits)
     codes = torch.cat([stored, scale.half().view(torch.uint8)], dim=1)
@@ -201,100 +243,6 @@ def _base_3(digits: Tensor) -> Tensor:
     return ((numbers * 256 + 242) // 243).to(torch.uint8)
 
 
-class _Search(NamedTuple):
-    """How a type with mins is searched: the first candidate and how many more, in tenths."""
-
-    first: float
-    steps: int
-
-
-_SEARCHES: Final = {"Q2_K": _Search(-0.5, 15), "Q4_K": _Search(-1.0, 20), "Q5_K": _Search(-0.5, 15)}
-
-
-def _with_mins(name: str, rows: Tensor) -> Parts:
-    """Q2_K, Q4_K, Q5_K: scale and min per group, both rounded relative to their maxima; then the codes anew."""
-    spec = GGML_SPECS[name]
-    second, size, top = spec.scale.second, spec.grouping.cols, (1 << spec.bits) - 1
-    limit = (1 << (second.bits if second else 0)) - 1
-    x = _blocks(rows, size).t().contiguous()
-    magnitude = x.abs()
-    weights = magnitude if name == "Q2_K" else magnitude + (kquants.total(x * x) / size).sqrt()
-    search = _SEARCHES[name]
-    candidates = [fp32(search.first + fp32(fp32(0.1) * number)) for number in range(search.steps + 1)]
-    found = kquants.search_affine(x, weights, top, candidates, absolute=name == "Q2_K")
-    scales, supers = _rounded_levels(found.scale.view(-1, _SUPER // size), limit)
-    mins, super_mins = _rounded_levels(found.minimum.view(-1, _SUPER // size), limit)
-    step = (supers.float() * scales).reshape(-1)
-    low = (super_mins.float() * mins).reshape(-1)
-    codes = ((x + low) / step).round_().clamp_(0, top)
-    codes = torch.where(step == 0, found.codes, codes)
-    bits = second.bits if second else 0
-    return {
-        "codes": _codes(codes.t(), len(rows), spec.bits),
-        "scales": _codes(scales, len(rows), bits),
-        "super_scales": supers.view(-1),
-        "zeros": _codes(mins, len(rows), bits),
-        "super_zeros": -super_mins.view(-1),
-    }
-
-
-def _rounded_levels(levels: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """``[blocks, groups]`` as integers up to `limit`, and the fp16 super-scale ``[blocks, 1]``."""
-    maximum = levels.amax(1, keepdim=True).clamp(min=0) + 0.0  # -0 becomes 0
-    inverse = kquants.ratio(limit, maximum)
-    return (inverse * levels).round().clamp(0, limit), (maximum / limit).half()
-
-
-def _without_mins(name: str, rows: Tensor) -> Parts:
-    """Q3_K, Q6_K: a signed scale per group, the one of the greatest magnitude becoming the lowest integer."""
-    spec = GGML_SPECS[name]
-    second, levels = spec.scale.second, 1 << spec.bits - 1
-    bits = second.bits if second else 0
-    lowest = -(1 << bits - 1)
-    x = _blocks(rows, 16).t().contiguous()
-    found = kquants.descend_linear(x, levels) if name == "Q3_K" else kquants.search_linear(x, levels)
-    blocks = found.scale.view(-1, 16)
-    extreme, magnitude = kquants.largest(blocks.t())
-    # An empty block is all zero bytes, and in Q3_K's scales these stand for the lowest.
-    empty = magnitude == 0 if name == "Q3_K" else magnitude < 1e-15
-    inverse = kquants.ratio(lowest, extreme).masked_fill(empty, 0).unsqueeze(1)
-    scales = (inverse * blocks).round().clamp(lowest, -lowest - 1)
-    if name == "Q3_K":
-        scales = torch.where(empty.unsqueeze(1), lowest, scales)
-    supers = kquants.ratio(1, inverse).half()
-    step = (supers.float() * scales).reshape(-1)
-    codes = (x / step).round_().clamp_(-levels, levels - 1)
-    codes = torch.where(step == 0, found.codes, codes)
-    if name == "Q6_K":
-        codes = torch.where(empty.repeat_interleave(16), -levels, codes)
-    stored = _codes(scales, len(rows), bits)
-    return {
-        "codes": _codes(codes.t(), len(rows), spec.bits),
-        "scales": stored.view(torch.int8) if bits == 8 else stored,
-        "super_scales": supers.view(-1),
-    }
-
-
-def _nonlinear(name: str, rows: Tensor) -> Parts:
-    """IQ4_NL, IQ4_XS: 16 uneven steps; IQ4_XS rounds the scales of eight groups to 6 bits."""
-    table = torch.tensor(IQ4_NL, device=rows.device)
-    x = _blocks(rows, 32).t().contiguous()
-    scale = kquants.search_table(x, table, tries=7)
-    _require_finite(name, scale)
-    parts: Parts = {"table": table}
-    if name == "IQ4_NL":
-        parts["scales"] = scale.half()
-        steps = scale
-    else:
-        blocks = scale.view(-1, 8)
-        supers = -kquants.largest(blocks.t())[0].unsqueeze(1) / 32
-        scales = (kquants.ratio(1, supers) * blocks).round().clamp(-32, 31)
-        parts |= {"scales": _codes(scales, len(rows), 6), "super_scales": supers.half().view(-1)}
-        steps = (supers * scales).reshape(-1)
-    codes = kquants.nearest_entry(x * kquants.ratio(1, steps), table)
-    return parts | {"codes": _codes(codes.t(), len(rows), 4)}
-
-
 def _cast(name: str, rows: Tensor) -> Parts:
     """F32, F16, BF16: nearest, halves to even."""
     code = GGML_SPECS[name].code
@@ -309,20 +257,20 @@ MAKERS: Final = {
     "Q5_0": Maker(32, _signed),
     "Q4_1": Maker(32, _ranged),
     "Q5_1": Maker(32, _ranged),
-    "Q8_0": Maker(32, _bytes),
-    "Q2_K": Maker(_SUPER, _with_mins),
-    "Q3_K": Maker(_SUPER, _without_mins),
-    "Q4_K": Maker(_SUPER, _with_mins),
-    "Q5_K": Maker(_SUPER, _with_mins),
-    "Q6_K": Maker(_SUPER, _without_mins),
-    "IQ4_NL": Maker(32, _nonlinear),
-    "IQ4_XS": Maker(_SUPER, _nonlinear),
-    "TQ1_0": Maker(_SUPER, _ternary),
-    "TQ2_0": Maker(_SUPER, _ternary),
-    "MXFP4": Maker(32, _mxfp4),
-    "NVFP4": Maker(64, _nvfp4),
-    "Q1_0": Maker(128, _sign),
-    "F32": Maker(1, _cast),
-    "F16": Maker(1, _cast),
-    "BF16": Maker(1, _cast),
+    "Q8_0": Maker(32, _alone(_bytes)),
+    "Q2_K": Maker(SUPER, with_mins),
+    "Q3_K": Maker(SUPER, without_mins),
+    "Q4_K": Maker(SUPER, with_mins),
+    "Q5_K": Maker(SUPER, with_mins),
+    "Q6_K": Maker(SUPER, without_mins),
+    "IQ4_NL": Maker(32, nonlinear),
+    "IQ4_XS": Maker(SUPER, nonlinear),
+    "TQ1_0": Maker(SUPER, _alone(_ternary)),
+    "TQ2_0": Maker(SUPER, _alone(_ternary)),
+    "MXFP4": Maker(32, _alone(_mxfp4)),
+    "NVFP4": Maker(64, _alone(_nvfp4)),
+    "Q1_0": Maker(128, _alone(_sign)),
+    "F32": Maker(1, _alone(_cast)),
+    "F16": Maker(1, _alone(_cast)),
+    "BF16": Maker(1, _alone(_cast)),
 }

@@ -105,11 +105,11 @@ def _solve(x: Tensor, weights: Tensor, codes: Tensor, sum_w: Tensor, sum_x: Tens
     return scale, low.masked_fill(positive, 0), determinant > 0
 
 
-def search_linear(x: Tensor, levels: int) -> Linear:
-    """The scale of codes ``-levels .. levels - 1``, errors weighted by ``x * x``; nineteen candidates."""
+def search_linear(x: Tensor, levels: int, weights: Tensor | None = None) -> Linear:
+    """The scale of codes ``-levels .. levels - 1``, errors weighted (by ``x * x`` if not said); nineteen candidates."""
     extreme, magnitude = largest(x)
     empty = magnitude < _EPSILON
-    weights = x * x
+    weights = x * x if weights is None else weights
     weighted = weights * x
     best_steps = ratio(-levels, extreme).masked_fill(empty, 0)
     scale, best = _fit(x, weights, weighted, best_steps, levels)[:2]
@@ -176,6 +176,55 @@ def _improve(
     return better
 
 
+def search_positive(x: Tensor, weights: Tensor, top: int, rounds: int = 5) -> Linear:
+    """The scale of codes ``0 .. top`` for numbers that are not negative: nine candidates, then code by code.
+
+    A few negative numbers do no harm: their codes are stored as bytes, and sums are made of what is stored, as in ggml.
+    """
+    high = x.amax(0).clamp(min=0)
+    empty = high < _EPSILON
+    steps = ratio(top, high).masked_fill(empty, 0)
+    codes = torch.remainder((x * steps).round_(), 256)
+    best = _positive_error(x, weights, codes, ratio(1, steps))
+    for number in (*range(-4, 0), *range(1, 5)):
+        tried = ratio(fp32(fp32(fp32(0.1) * number) + top), high).masked_fill(empty, 0)
+        error = _positive_error(x, weights, (x * tried).round_().clamp_(max=top), ratio(1, tried))
+        better = error < best
+        best, steps = torch.where(better, error, best), torch.where(better, tried, steps)
+    codes = (x * steps).round_().clamp_(max=top)
+    weighted = weights * x
+    products, squares = total(weighted * codes), total((weights * codes).mul_(codes))
+    codes = torch.remainder(codes, 256)
+    for _ in range(rounds):
+        changed = torch.zeros((), dtype=torch.bool, device=x.device)
+        for number in range(x.shape[0]):
+            changed |= _improve_positive(x[number], weights[number], codes[number], products, squares, top).any()
+        if not bool(changed):
+            break
+    scale = torch.where(squares > 0, products / squares, 0)
+    return Linear(scale.masked_fill(empty, 0), codes.masked_fill(empty, 0))
+
+
+def _positive_error(x: Tensor, weights: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    difference = x - scale * codes
+    return total((weights * difference).mul_(difference))
+
+
+def _improve_positive(x: Tensor, weight: Tensor, code: Tensor, products: Tensor, squares: Tensor, top: int) -> Tensor:
+    """Set one code of each group anew where that gains; updates code and sums in place, returns where."""
+    other_products = products - weight * x * code
+    other_squares = squares - weight * code * code
+    new = _nearest(x * other_squares / other_products).clamp_(max=top)
+    new_products = other_products + weight * x * new
+    new_squares = other_squares + weight * new * new
+    better = (other_products > 0) & (other_squares > 0) & (new != code)
+    better &= new_products * new_products * squares > products * products * new_squares
+    code.copy_(torch.where(better, torch.remainder(new, 256), code))
+    products.copy_(torch.where(better, new_products, products))
+    squares.copy_(torch.where(better, new_squares, squares))
+    return better
+
+
 def _nearest(x: Tensor) -> Tensor:
     """Round to nearest even as ggml does, by adding 1.5 * 2**23; numbers past 2**22 become the same as there."""
     return (((x + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000).float()
@@ -201,15 +250,15 @@ def _look_up(x: Tensor, halves: Tensor) -> Tensor:
     return halves.index_select(0, steps.view(-1)).view(x.shape)
 
 
-def search_table(x: Tensor, table: Tensor, tries: int) -> Tensor:
-    """The scale of a table's values, errors weighted by ``x * x``; ``2 * tries + 2`` candidates."""
+def search_table(x: Tensor, table: Tensor, tries: int, weights: Tensor | None = None) -> Tensor:
+    """The scale of a table's values, errors weighted (by ``x * x`` if not said); ``2 * tries + 2`` candidates."""
     extreme, magnitude = largest(x)
     empty = magnitude < _EPSILON
     first = float(table[0])
-    weights, values = x * x, _halves(table)[1]
+    weights, values = x * x if weights is None else weights, _halves(table)[1]
     steps = ratio(1, -extreme / first).masked_fill(empty, 0)
     products, squares = _fit_table(x, weights, steps, values)
-    scale = products / squares
+    scale = torch.where(squares > 0, products / squares, 0)
     best = scale * products
     for number in range(-tries, tries + 1):
         steps = ratio(number + first, extreme).masked_fill(empty, 0)
