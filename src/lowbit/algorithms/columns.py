@@ -1,0 +1,163 @@
+"""The order in which GPTQ works off the columns of a weight, and the loop that does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit.algorithms.grid import Choice, Grid, Levels
+from lowbit.core import Grouping
+
+_GRAPHED_FROM = 8  # runs of fewer columns aren't worth a capture
+
+
+@dataclass(frozen=True)
+class ColumnOrder:
+    """In which order columns are worked off, and which groups they are in.
+
+    Attributes:
+        order: ``int64 [in]``, the column that comes first, second, ...
+        group: ``int64 [in]``, the group of each column, in the weight's own order.
+        static: whether groups may lie in pieces in that order, so that their scales must be known before.
+        count: of groups.
+    """
+
+    order: Tensor
+    group: Tensor
+    static: bool
+    count: int
+
+    @classmethod
+    def of(cls, grouping: Grouping, importance: Tensor, *, desc_act: bool, static: bool) -> ColumnOrder:
+        """By falling `importance` ``[in]`` where `desc_act`; else from the first to the last.
+
+        A permuted grouping makes groups of columns in that order. One that isn't keeps its groups: with `static`
+        scales the order goes over all of them, else whole groups are ordered by their mean, and columns within them.
+        """
+        size = len(importance)
+        cols = grouping.cols or size
+        plain = torch.arange(size, device=importance.device)
+        group, order, count = plain // cols, plain, -(-size // cols)
+        if desc_act:
+            order = torch.argsort(importance, descending=True, stable=True)
+            if grouping.permuted and not static:
+                group = torch.empty_like(plain).index_copy_(0, order, plain // cols)
+            elif not static:
+                order = _by_groups(order, group, importance, count)
+        return cls(order, group, static, count)
+
+    def columns(self) -> list[Tensor]:
+        """Of each group, where its columns stand in the order, ascending."""
+        in_order = self.group[self.order]
+        sizes = torch.bincount(in_order, minlength=self.count).tolist()
+        return list(torch.argsort(in_order, stable=True).split(sizes))
+
+    def runs(self, longest: int) -> list[tuple[int, int]]:
+        """Where to cut the ordered columns: at the ends of groups, unless static, and after `longest` columns."""
+        in_order = self.group[self.order].tolist()
+        runs, start = [], 0
+        for end in range(1, len(in_order) + 1):
+            complete = end == len(in_order) or (not self.static and in_order[end] != in_order[start])
+            if complete or end - start == longest:
+                runs.append((start, end))
+                start = end
+        return runs
+
+
+def _by_groups(order: Tensor, group: Tensor, importance: Tensor, count: int) -> Tensor:
+    sizes = torch.bincount(group, minlength=count)
+    means = torch.stack([part.mean() for part in importance.split(sizes.tolist())])
+    rank = torch.argsort(torch.argsort(means, descending=True, stable=True), stable=True)
+    return order[torch.argsort(rank[group[order]], stable=True)]
+
+
+@dataclass
+class ColumnLoop:
+    """Rounds a run of columns one after the other, each correcting those behind it within the run.
+
+    On a GPU, a run's kernels are captured as a CUDA graph the first time that its shape comes up.
+    """
+
+    grid: Grid
+    _graphs: dict[tuple[int, ...], _Graph] = field(default_factory=dict)
+
+    def run(self, weight: Tensor, upper: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        """Work off ``fp32 [n, rows]``, which is left alone.
+
+        Args:
+            upper: ``[n, n]``, this run's part of the factor.
+            levels: ``[n, rows]``, or ``[1, rows]`` where all columns are in one group.
+
+        Returns:
+            Levels and errors over the diagonal of `upper`, both ``fp32 [n, rows]``, valid until the next call.
+        """
+        if not weight.is_cuda or len(weight) < _GRAPHED_FROM:
+            buffers = _Buffers.of(weight, upper, levels)
+            buffers.work(self.grid)
+            return buffers.codes, buffers.errors
+        key = (*weight.shape, len(levels.step))
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self.grid, _Buffers.of(weight, upper, levels))
+        return self._graphs[key].run(weight, upper, levels)
+
+
+@dataclass
+class _Buffers:
+    weight: Tensor
+    upper: Tensor
+    levels: Levels
+    codes: Tensor
+    errors: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, upper: Tensor, levels: Levels) -> _Buffers:
+        """Copies, which may be written to."""
+        return cls(weight.clone(), upper.clone(), levels.clone(), torch.empty_like(weight), torch.empty_like(weight))
+
+    def load(self, weight: Tensor, upper: Tensor, levels: Levels) -> None:
+        self.weight.copy_(weight)
+        self.upper.copy_(upper)
+        self.levels.copy_(levels)
+
+    def work(self, grid: Grid) -> None:
+        last = len(self.weight) - 1
+        alone = len(self.levels.step) == 1
+        for column, weight in enumerate(self.weight.unbind(0)):
+            meaning = self.levels.of(0 if alone else column)
+            level = self.codes[column].copy_(grid.nearest(weight, meaning))
+            error = torch.sub(weight, grid.value(level, meaning), out=self.errors[column])
+            error.div_(self.upper[column, column])
+            if column < last:
+                self.weight[column + 1 :].addr_(self.upper[column, column + 1 :], error, alpha=-1)
+
+
+class _Graph:
+    """The same work on buffers that stay where they are, captured once."""
+
+    def __init__(self, grid: Grid, buffers: _Buffers) -> None:
+        self.buffers = buffers
+        stream = torch.cuda.Stream(buffers.weight.device)
+        stream.wait_stream(torch.cuda.current_stream(buffers.weight.device))
+        with torch.cuda.stream(stream):
+            _first(buffers, 2).work(grid)  # what is initialised at first use can't be while capturing
+        torch.cuda.current_stream(buffers.weight.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            buffers.work(grid)
+
+    def run(self, weight: Tensor, upper: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+        self.buffers.load(weight, upper, levels)
+        self.graph.replay()
+        return self.buffers.codes, self.buffers.errors
+
+
+def _first(buffers: _Buffers, count: int) -> _Buffers:
+    levels = buffers.levels if len(buffers.levels.step) == 1 else buffers.levels.of(slice(0, count))
+    return _Buffers.of(buffers.weight[:count], buffers.upper[:count, :count], levels)
+
+
+def put(choice: Choice, number: int, found: Choice) -> None:
+    """Enter what was chosen for one group into the choices of all, ``[groups, rows]``."""
+    choice.scale[number], choice.zero[number] = found.scale, found.zero

@@ -1,0 +1,28 @@
+"""What a calibrated algorithm says of its own work on one weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one weight was quantized, and what had to be done for it.
+
+    Attributes:
+        damp: what was added to the Hessian's diagonal, as a fraction of its mean; 0 where no Hessian was used.
+        attempts: how many times the Hessian was factorized, each time with more damping.
+        fallback: whether the weight was rounded to nearest instead, because there was no usable Hessian.
+        weight_error: ``|W - Q|² / |W|²``.
+        output_error: ``tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ)``: the squared error of the outputs on the calibration
+            tokens over their square. With GPTAQ's correction W is the corrected target in the numerator: what remains
+            is what other codes could still lower. Without a Hessian, the weight error.
+        notes: what somebody should read, in sentences without a full stop.
+    """
+
+    damp: float
+    attempts: int
+    fallback: bool
+    weight_error: float
+    output_error: float
+    notes: tuple[str, ...] = ()
