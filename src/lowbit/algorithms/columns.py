@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowbit.algorithms.grid import Choice, Grid, Levels
+from lowbit.algorithms.grid import Grid, Levels
 from lowbit.core import Grouping
 
 _GRAPHED_FROM = 8  # runs of fewer columns aren't worth a capture
@@ -83,24 +83,27 @@ class ColumnLoop:
     grid: Grid
     _graphs: dict[tuple[int, ...], _Graph] = field(default_factory=dict)
 
-    def run(self, weight: Tensor, upper: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    def run(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Work off ``fp32 [n, rows]``, which is left alone.
 
         Args:
-            upper: ``[n, n]``, this run's part of the factor.
+            weight: what each column should become.
+            upper: ``[n, n]``; what is said of column i goes to those behind it along ``upper[i]``.
             levels: ``[n, rows]``, or ``[1, rows]`` where all columns are in one group.
+            before: None in GPTQ, where a column's error over ``upper[i, i]`` is passed on; else what each column was,
+                and the change is passed on (coordinate descent).
 
         Returns:
-            Levels and errors over the diagonal of `upper`, both ``fp32 [n, rows]``, valid until the next call.
+            Levels, and what was passed on, both ``fp32 [n, rows]``, valid until the next call.
         """
         if not weight.is_cuda or len(weight) < _GRAPHED_FROM:
-            buffers = _Buffers.of(weight, upper, levels)
+            buffers = _Buffers.of(weight, upper, levels, before)
             buffers.work(self.grid)
-            return buffers.codes, buffers.errors
-        key = (*weight.shape, len(levels.step))
+            return buffers.codes, buffers.passed
+        key = (*weight.shape, len(levels.step), int(before is None))
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self.grid, _Buffers.of(weight, upper, levels))
-        return self._graphs[key].run(weight, upper, levels)
+            self._graphs[key] = _Graph(self.grid, _Buffers.of(weight, upper, levels, before))
+        return self._graphs[key].run(weight, upper, levels, before)
 
 
 @dataclass
@@ -108,18 +111,28 @@ class _Buffers:
     weight: Tensor
     upper: Tensor
     levels: Levels
+    before: Tensor | None
     codes: Tensor
-    errors: Tensor
+    passed: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, upper: Tensor, levels: Levels) -> _Buffers:
+    def of(cls, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> _Buffers:
         """Copies, which may be written to."""
-        return cls(weight.clone(), upper.clone(), levels.clone(), torch.empty_like(weight), torch.empty_like(weight))
+        kept = None if before is None else before.clone()
+        made = torch.empty_like(weight), torch.empty_like(weight)
+        return cls(weight.clone(), upper.clone(), levels.clone(), kept, *made)
 
-    def load(self, weight: Tensor, upper: Tensor, levels: Levels) -> None:
+    def load(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> None:
         self.weight.copy_(weight)
         self.upper.copy_(upper)
         self.levels.copy_(levels)
+        if self.before is not None and before is not None:
+            self.before.copy_(before)
+
+    def first(self, count: int) -> _Buffers:
+        levels = self.levels if len(self.levels.step) == 1 else self.levels.of(slice(0, count))
+        before = None if self.before is None else self.before[:count]
+        return _Buffers.of(self.weight[:count], self.upper[:count, :count], levels, before)
 
     def work(self, grid: Grid) -> None:
         last = len(self.weight) - 1
@@ -127,10 +140,13 @@ class _Buffers:
         for column, weight in enumerate(self.weight.unbind(0)):
             meaning = self.levels.of(0 if alone else column)
             level = self.codes[column].copy_(grid.nearest(weight, meaning))
-            error = torch.sub(weight, grid.value(level, meaning), out=self.errors[column])
-            error.div_(self.upper[column, column])
+            value, passed = grid.value(level, meaning), self.passed[column]
+            if self.before is None:
+                torch.sub(weight, value, out=passed).div_(self.upper[column, column])
+            else:
+                torch.sub(value, self.before[column], out=passed)
             if column < last:
-                self.weight[column + 1 :].addr_(self.upper[column, column + 1 :], error, alpha=-1)
+                self.weight[column + 1 :].addr_(self.upper[column, column + 1 :], passed, alpha=-1)
 
 
 class _Graph:
@@ -138,26 +154,16 @@ class _Graph:
 
     def __init__(self, grid: Grid, buffers: _Buffers) -> None:
         self.buffers = buffers
-        stream = torch.cuda.Stream(buffers.weight.device)
-        stream.wait_stream(torch.cuda.current_stream(buffers.weight.device))
+        current, stream = (torch.cuda.current_stream(buffers.weight.device), torch.cuda.Stream(buffers.weight.device))
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            _first(buffers, 2).work(grid)  # what is initialised at first use can't be while capturing
-        torch.cuda.current_stream(buffers.weight.device).wait_stream(stream)
+            buffers.first(2).work(grid)  # what is initialised at first use can't be while capturing
+        current.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             buffers.work(grid)
 
-    def run(self, weight: Tensor, upper: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
-        self.buffers.load(weight, upper, levels)
+    def run(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.buffers.load(weight, upper, levels, before)
         self.graph.replay()
-        return self.buffers.codes, self.buffers.errors
-
-
-def _first(buffers: _Buffers, count: int) -> _Buffers:
-    levels = buffers.levels if len(buffers.levels.step) == 1 else buffers.levels.of(slice(0, count))
-    return _Buffers.of(buffers.weight[:count], buffers.upper[:count, :count], levels)
-
-
-def put(choice: Choice, number: int, found: Choice) -> None:
-    """Enter what was chosen for one group into the choices of all, ``[groups, rows]``."""
-    choice.scale[number], choice.zero[number] = found.scale, found.zero
+        return self.buffers.codes, self.buffers.passed

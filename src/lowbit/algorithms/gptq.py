@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.base import Algorithm
-from lowbit.algorithms.columns import ColumnLoop, ColumnOrder, put
+from lowbit.algorithms.columns import ColumnLoop, ColumnOrder
+from lowbit.algorithms.descent import Descent
 from lowbit.algorithms.factor import Factor, factorize, full_precision
 from lowbit.algorithms.grid import Choice, Grid, by_range, search
 from lowbit.algorithms.report import LayerReport
@@ -193,7 +194,14 @@ def _solve(settings: Gptq, weights: list[Tensor], spec: QuantSpec, inputs: _Inpu
     if settings.scale_search == "minmax" and factor.usable:
         target = target.masked_fill(importance == 0, 0)
     grid = Grid(spec, settings.symmetric, weight.device)
-    levels, choice = _Solver(settings, grid, columns, factor, importance).run(target.t()[columns.order])
+    ordered = target.t()[columns.order]
+    levels, choice = _Solver(settings, grid, columns, factor, importance).run(ordered)
+    if settings.sweeps and factor.usable:
+        hessian = inputs.hessian[columns.order][:, columns.order]
+        hessian.diagonal().add_(max(factor.damp, 1e-6) * float(hessian.diagonal().mean()))
+        descent = Descent(grid, ordered, levels, choice, columns.columns(), hessian)
+        for _ in range(settings.sweeps):
+            descent.sweep(settings.block_size)
     if not bool(torch.isfinite(choice.scale).all() & torch.isfinite(choice.zero).all()):
         raise PlanError(f"a scale or zero of weights up to {float(target.abs().max()):g} is more than its dtype holds")
     codes = torch.empty_like(levels, dtype=torch.int16)
@@ -247,13 +255,13 @@ class _Solver:
         groups, members = self.columns.group[self.columns.order], self.columns.columns()
         if self.columns.static:
             for number, within in enumerate(members):
-                put(choice, number, self._choose(weight, within))
+                choice.put(number, self._choose(weight, within))
         loop, chosen = ColumnLoop(self.grid), -1
         numbers = groups.tolist()
         for start, end in self.columns.runs(self.settings.block_size):
             if not self.columns.static and numbers[start] != chosen:
                 chosen = numbers[start]
-                put(choice, chosen, self._choose(weight, members[chosen]))
+                choice.put(chosen, self._choose(weight, members[chosen]))
             meaning = self.grid.levels(choice.of(groups[start : end if self.columns.static else start + 1]))
             levels[start:end], errors = loop.run(weight[start:end], upper[start:end, start:end], meaning)
             if self.factor.usable and end < len(weight):

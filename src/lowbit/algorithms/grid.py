@@ -33,9 +33,13 @@ class Choice:
     scale: Tensor
     zero: Tensor
 
-    def of(self, index: Tensor | slice | tuple[slice, slice]) -> Choice:
+    def of(self, index: int | Tensor | slice | tuple[slice, slice]) -> Choice:
         """Those of some of the groups."""
         return Choice(self.scale[index], self.zero[index])
+
+    def put(self, number: int, found: Choice) -> None:
+        """Enter what was chosen for one group, in place."""
+        self.scale[number], self.zero[number] = found.scale, found.zero
 
     def where(self, condition: Tensor, other: Choice) -> Choice:
         """This where `condition` holds, else `other`."""
@@ -112,7 +116,9 @@ class Grid:
         if self.kind == "none":
             return Choice(scale, torch.zeros_like(scale))
         point = zero if isinstance(zero, Tensor) else torch.full_like(scale, zero)
-        return Choice(scale, self._stored_zero(-point * scale if self.kind == "additive" else point))
+        return Choice(
+            scale, self._stored_zero(-point * scale * self.spec.scale.multiplier if self.kind == "additive" else point)
+        )
 
     def stored_scale(self, step: Tensor) -> Tensor:
         """fp32, rounded to the dtype of the spec's scales; never 0, as weights are divided by it."""
@@ -149,18 +155,25 @@ class Grid:
     def value(self, level: Tensor, levels: Levels) -> Tensor:
         """The weight that a level stands for."""
         if self.kind in ("none", "integer"):
-            return self.unit(level) * levels.step
+            return self.direction(level) * levels.step
         return torch.addcmul(levels.shift, level, levels.step)
-
-    def unit(self, level: Tensor) -> Tensor:
-        """What the step is multiplied with."""
-        return level if self.values is None else self.values[level.int()]
 
     def codes(self, level: Tensor, choice: Choice) -> Tensor:
         """Levels as the spec codes them, int16."""
         if self.values is not None:
             return self._order[level.long()].to(torch.int16)
         return (level + choice.zero if self.kind == "integer" else level).to(torch.int16)
+
+    @property
+    def real_zero(self) -> bool:
+        """Whether the zero is a real number that can be fitted along with the scale."""
+        return self.kind in ("float", "additive") and not self.symmetric
+
+    def direction(self, level: Tensor) -> Tensor:
+        """By how much a weight grows with the step."""
+        if self.values is not None:
+            return self.values[level.int()]
+        return level - self.middle if self.kind in ("float", "additive") and self.symmetric else level
 
     def refit(self, weight: Tensor, level: Tensor, importance: Tensor, before: Choice) -> Choice:
         """The best scales (and zeros, where they are real) for given levels: weighted least squares, then stored.
@@ -171,16 +184,23 @@ class Grid:
             importance: ``[n]``, the weight of each column's squared error.
             before: kept where the levels say nothing.
         """
-        if self.kind in ("none", "integer") or self.symmetric:
-            unit = self.unit(level) if self.kind in ("none", "integer") else level - self.middle
+        unit = self.direction(level)
+        if not self.real_zero:
             step = (importance @ (weight * unit)) / (importance @ unit.square())
-            choice = self.store(step, before.zero if self.kind == "integer" else self.middle)
-        else:
-            total = importance.sum()
-            mean_level, mean_weight = (importance @ level) / total, (importance @ weight) / total
-            centred = level - mean_level
-            step = (importance @ (centred * (weight - mean_weight))) / (importance @ centred.square())
-            choice = self.store(step, mean_level - mean_weight / self.stored_step(step))
+            return self.kept_where_valid(step, self.resting_point(before), before)
+        total = importance.sum()
+        mean_unit, mean_weight = (importance @ unit) / total, (importance @ weight) / total
+        centred = unit - mean_unit
+        step = (importance @ (centred * (weight - mean_weight))) / (importance @ centred.square())
+        return self.kept_where_valid(step, mean_unit - mean_weight / self.stored_step(step), before)
+
+    def resting_point(self, choice: Choice) -> Tensor | float:
+        """The zero point, in units of codes, where it is not fitted."""
+        return choice.zero if self.kind == "integer" else self.middle
+
+    def kept_where_valid(self, step: Tensor, zero: Tensor | float, before: Choice) -> Choice:
+        """What :meth:`store` makes of them where that is a positive, finite step; `before` elsewhere."""
+        choice = self.store(step, zero)
         good = torch.isfinite(step) & (step > 0) & torch.isfinite(choice.scale) & torch.isfinite(choice.zero)
         return choice.where(good, before)
 
