@@ -1,5 +1,7 @@
 """What llama.cpp's own quantizers make of weights: ``FOLDER`` has ``weights.safetensors``, gets ``theirs.safetensors``.
 
+Where it also has ``importance.safetensors`` (by the same names, ``fp32 [in]``), every type that looks at importance is
+made with it as ``<name>.<type>.weighted``, and those of IQ1, IQ2 and IQ3 that can do without also as ``<name>.<type>``.
 The library is inside the extension module of the package `xllamacpp`, whose ggml functions are called directly.
 """
 
@@ -18,6 +20,8 @@ TYPES = {
     "IQ4_NL": 20, "IQ4_XS": 23, "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39,
     "NVFP4": 40, "Q1_0": 41,
 }  # fmt: skip
+GRIDS = {"IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ3_S": 21, "IQ2_S": 22, "IQ1_M": 29}
+UNWEIGHTED = ("Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0")
 
 
 def main(folder: Path) -> None:
@@ -33,15 +37,29 @@ def main(folder: Path) -> None:
         *[ctypes.c_int64] * 3,
         ctypes.c_void_p,
     ]
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    weights = load_file(folder / "weights.safetensors")
+    weighted = (folder / "importance.safetensors").exists()
+    importance = load_file(folder / "importance.safetensors") if weighted else {}
+    kinds = {**{name: n for name, n in TYPES.items() if name not in UNWEIGHTED}, **GRIDS} if weighted else TYPES
     made = {}
-    for name, weight in load_file(folder / "weights.safetensors").items():
-        rows, columns = weight.shape
-        for kind, number in TYPES.items():
-            stored = torch.zeros(rows, library.ggml_row_size(number, columns), dtype=torch.uint8)
-            source = weight.float().contiguous()
-            library.ggml_quantize_chunk(number, source.data_ptr(), stored.data_ptr(), 0, rows, columns, None)
-            made[f"{name}.{kind}"] = stored
+    for kind, number in kinds.items():
+        library.ggml_quantize_init(number)
+        for name, weight in weights.items():
+            if weighted:
+                made[f"{name}.{kind}.weighted"] = quantized(library, number, weight, importance[name])
+            if not weighted or (kind in GRIDS and not library.ggml_quantize_requires_imatrix(number)):
+                made[f"{name}.{kind}"] = quantized(library, number, weight, None)
     save_file(made, folder / "theirs.safetensors")
+
+
+def quantized(library: ctypes.CDLL, number: int, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    rows, columns = weight.shape
+    stored = torch.zeros(rows, library.ggml_row_size(number, columns), dtype=torch.uint8)
+    source = weight.float().contiguous()
+    by = None if importance is None else importance.data_ptr()
+    library.ggml_quantize_chunk(number, source.data_ptr(), stored.data_ptr(), 0, rows, columns, by)
+    return stored
 
 
 if __name__ == "__main__":

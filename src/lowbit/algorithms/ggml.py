@@ -16,7 +16,9 @@ from lowbit.algorithms import kquants
 from lowbit.algorithms.base import Algorithm
 from lowbit.algorithms.ggml_parts import SUPER, Parts, blocks_of, packed_codes, require_finite
 from lowbit.algorithms.ggml_searched import nonlinear, search_ranges, search_scales, with_mins, without_mins
+from lowbit.algorithms.lattices import make_lattice
 from lowbit.algorithms.statistics import SQUARES, Statistics
+from lowbit.algorithms.ternary import make_iq1_m, make_iq1_s
 from lowbit.core import FloatCode, QuantSpec, QuantTensor
 from lowbit.core.ggml import GGML_SPECS, ggml_type_of
 from lowbit.core.tables import E2M1, SIGN
@@ -265,6 +267,13 @@ MAKERS: Final = {
     "Q6_K": Maker(SUPER, without_mins),
     "IQ4_NL": Maker(32, nonlinear),
     "IQ4_XS": Maker(SUPER, nonlinear),
+    "IQ1_S": Maker(SUPER, make_iq1_s, calibrated=True),
+    "IQ1_M": Maker(SUPER, make_iq1_m),
+    "IQ2_XXS": Maker(SUPER, make_lattice, calibrated=True),
+    "IQ2_XS": Maker(SUPER, make_lattice, calibrated=True),
+    "IQ2_S": Maker(SUPER, make_lattice),
+    "IQ3_XXS": Maker(SUPER, make_lattice),
+    "IQ3_S": Maker(SUPER, make_lattice),
     "TQ1_0": Maker(SUPER, _alone(_ternary)),
     "TQ2_0": Maker(SUPER, _alone(_ternary)),
     "MXFP4": Maker(32, _alone(_mxfp4)),

@@ -76,6 +76,13 @@ def _grid(name: str, device: torch.device) -> Tensor:
 
 
 @functools.cache
+def grid_levels(name: str, device: torch.device) -> Tensor:
+    """Which of :attr:`Grid.values` each entry of a grid's vectors is, ``int64 [vectors, size]``."""
+    values = torch.tensor(GRIDS[name].values, dtype=torch.float32, device=device)
+    return torch.bucketize(_grid(name, device), values)
+
+
+@functools.cache
 def _signs(count: int, device: torch.device) -> Tensor:
     """``fp32 [count, 8]``, -1 where a bit is set. Of 128 the eighth sign makes the number of minuses even."""
     numbers = torch.arange(count, dtype=torch.uint8)
