@@ -1,6 +1,6 @@
 """ggml's IQ2 and IQ3: magnitudes eight (four) at a time from a grid, signs apart, 4-bit scales; llama.cpp's search.
 
-For a few scales of each group of weights the nearest vectors are found (:mod:`lowbit.algorithms.grids`), and the scale
+For a few scales of each group of weights the nearest vectors are found (:mod:`lowbit.algorithms.neighbours`), and the scale
 that fits them best is solved for; the best of these stays. Where the signs of eight weights have to be even in number,
 the one that matters least is turned over.
 """
@@ -21,8 +21,8 @@ from lowbit.algorithms.ggml_parts import (
     require_finite,
     square_root,
 )
-from lowbit.algorithms.grids import Neighbours, neighbours_of
 from lowbit.algorithms.kquants import fp32, ratio, total
+from lowbit.algorithms.neighbours import Neighbours, neighbours_of
 from lowbit.core.block_encoding import BlockFields, encode_blocks
 
 

@@ -1,7 +1,7 @@
 """ggml's IQ1: -1, 0 and 1, eight at a time from a grid, all shifted by an eighth up or down; llama.cpp's search.
 
 Of a group in ascending order the first are -1, the last 1 and those between 0, so all ways to cut it in three are
-tried, with each shift. What isn't on the grid then becomes the nearest vector that is (:mod:`lowbit.algorithms.grids`).
+tried, with each shift. What isn't on the grid then becomes the nearest vector that is (:mod:`lowbit.algorithms.neighbours`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.ggml_parts import SUPER, Parts, columns_of, importance_weights
-from lowbit.algorithms.grids import Neighbours, neighbours_of
 from lowbit.algorithms.kquants import fp32, ratio, total
 from lowbit.algorithms.lattices import by_block, encoded
+from lowbit.algorithms.neighbours import Neighbours, neighbours_of
 from lowbit.core.block_encoding import BlockFields
 
 _SHIFT: Final = 0.125
