@@ -68,7 +68,7 @@ class Descent:
     def _fitted(self, levels: Tensor, slope: Tensor, within: Tensor, old: Choice) -> Choice:
         """Least squares against the Hessian, given all other groups."""
         grid = self.grid
-        step = old.scale * grid.spec.scale.multiplier
+        step = grid.step(old)
         unit = grid.direction(levels)
         pulled, curved = (unit * slope).sum(0), (unit * (within @ unit)).sum(0)
         if grid.real_zero:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,9 +29,12 @@ from lowbit.algorithms.statistics import DEVIATION, HESSIAN, Statistics
 from lowbit.core import IntCode, QuantSpec, QuantTensor, TableCode, pack
 from lowbit.errors import PlanError
 
-ScaleSearch = Literal["diagonal", "conditional", "minmax"]
+ScaleSearch = Literal["minmax", "diagonal", "conditional", "trial"]
 Result = tuple[QuantTensor, LayerReport]
 _TABLES = ("nf4", "fp4", "e2m1", "e2m3")
+_TRIED = (0.85, 0.9, 0.95, 1.05, 1.1)  # times the scale that the search found
+_SWEEPS = 2
+_LEAST_CURVATURE = 1e-6  # of the mean diagonal: a column without inputs has none of its own
 
 
 class Gptq(Algorithm):
@@ -46,11 +49,14 @@ class Gptq(Algorithm):
             then are worked off in the order of activation over all groups, and nothing is permuted.
         symmetric: whether zero points stay in the middle of the range; so it is where a spec has none.
         block_size: how many columns are corrected one by one before all that follow are corrected at once.
-        scale_search: ``conditional``: scales with the least squared error, each column's weighted by ``1 / U[i, i]²``,
-            which is what its error costs when all later columns make up for it; ``diagonal``: weighted by ``H[i, i]``;
-            ``minmax``: from the minimum to the maximum, as in the paper. True and False are the first and the last.
+        scale_search: ``minmax``: from the minimum to the maximum of a group, as in the paper; ``diagonal``: the scales
+            with the least squared error, each column's weighted by ``H[i, i]``; ``conditional``: weighted by
+            ``1 / U[i, i]²``, which is what its error costs when all later columns make up for it; ``trial``: besides,
+            the group is worked off with six scales around that one, and the best kept (in groups of at most
+            `block_size` columns that are in one piece). True and False are ``conditional`` and ``minmax``.
         sweeps: how often, afterwards, all codes and all scales are chosen anew, each given all the others, against the
-            whole Hessian; each sweep lowers the output error, and costs as much as the first pass.
+            whole Hessian; each sweep costs about as much as the first pass. None for 2, and for 0 with ``minmax``,
+            which then is the paper's algorithm.
         correction: whether the weight is first changed so as to undo the error of earlier layers (GPTAQ); this needs
             the deviation of the inputs.
         correction_strength: which part of that change is made, 0 to 1.
@@ -69,30 +75,36 @@ class Gptq(Algorithm):
         symmetric: bool = False,
         block_size: int = 128,
         scale_search: bool | ScaleSearch = True,
-        sweeps: int = 0,
+        sweeps: int | None = None,
         correction: bool = False,
         correction_strength: float = 1.0,
     ) -> None:
-        searches: dict[object, ScaleSearch] = {True: "conditional", False: "minmax"}
-        search_ = searches.get(scale_search, scale_search) if isinstance(scale_search, bool) else scale_search
-        _require(search_ in ("diagonal", "conditional", "minmax"), "unknown scale search", scale_search)
+        if isinstance(scale_search, bool):
+            scale_search = "conditional" if scale_search else "minmax"
+        sweeps = (0 if scale_search == "minmax" else _SWEEPS) if sweeps is None else sweeps
+        _require(scale_search in get_args(ScaleSearch), f"scale_search is one of {get_args(ScaleSearch)}", scale_search)
         _require(0 <= damp_percent <= 1, "damp_percent is a fraction of the mean diagonal, 0 to 1", damp_percent)
         _require(0 <= correction_strength <= 1, "correction_strength is between 0 and 1", correction_strength)
         _require(block_size > 0 and sweeps >= 0, "block_size is positive and sweeps not negative", (block_size, sweeps))
         self.damp_percent, self.desc_act, self.static_groups = damp_percent, desc_act, static_groups
         self.symmetric, self.block_size, self.sweeps = symmetric, block_size, sweeps
-        self.scale_search: ScaleSearch = search_  # type: ignore[assignment]
+        self.scale_search: ScaleSearch = scale_search
         self.correction, self.correction_strength = correction, correction_strength
         self.needs = frozenset({HESSIAN, DEVIATION} if correction else {HESSIAN})
 
     def supports(self, spec: QuantSpec) -> bool:
-        levels = [spec.scale.second, spec.zero.second if spec.zero else None]
-        if levels != [None, None] or not spec.scale.stored or spec.grouping.strided or spec.grouping.rows != 1:
+        second = [spec.scale.second, spec.zero.second if spec.zero else None]
+        if second != [None, None] or not spec.scale.stored or spec.activation.tensors():
+            return False
+        if spec.grouping.strided or spec.grouping.rows != 1:
             return False
         if isinstance(spec.code, TableCode):
             return spec.code.name in _TABLES
-        plain = spec.scale.multiplier == 1.0 or spec.zero is None or spec.zero.kind == "integer"
-        return isinstance(spec.code, IntCode) and plain
+        if not isinstance(spec.code, IntCode):
+            return False
+        if spec.zero is None:
+            return spec.code.signed and spec.bits > 1
+        return not spec.code.signed if spec.zero.kind == "integer" else spec.scale.multiplier == 1.0
 
     def quantize(self, weight: Tensor, spec: QuantSpec) -> QuantTensor:
         """Round to nearest, with searched scales: nothing is known of the inputs."""
@@ -111,7 +123,8 @@ class Gptq(Algorithm):
     ) -> list[Result]:
         """Quantize several weights with the same inputs, which share what is made of the Hessian.
 
-        Weights of equal specs also share the loop over the columns. Each comes out as it would alone.
+        Weights of equal specs also share the loop over the columns. Each comes out as it would alone, but for the order
+        in which sums are rounded.
 
         Args:
             weights: ``[out, in]`` each, floating point, on one device.
@@ -194,14 +207,7 @@ def _solve(settings: Gptq, weights: list[Tensor], spec: QuantSpec, inputs: _Inpu
     if settings.scale_search == "minmax" and factor.usable:
         target = target.masked_fill(importance == 0, 0)
     grid = Grid(spec, settings.symmetric, weight.device)
-    ordered = target.t()[columns.order]
-    levels, choice = _Solver(settings, grid, columns, factor, importance).run(ordered)
-    if settings.sweeps and factor.usable:
-        hessian = inputs.hessian[columns.order][:, columns.order]
-        hessian.diagonal().add_(max(factor.damp, 1e-6) * float(hessian.diagonal().mean()))
-        descent = Descent(grid, ordered, levels, choice, columns.columns(), hessian)
-        for _ in range(settings.sweeps):
-            descent.sweep(settings.block_size)
+    levels, choice = _Solver(settings, grid, columns, factor, inputs.hessian).solve(target.t()[columns.order])
     if not bool(torch.isfinite(choice.scale).all() & torch.isfinite(choice.zero).all()):
         raise PlanError(f"a scale or zero of weights up to {float(target.abs().max()):g} is more than its dtype holds")
     codes = torch.empty_like(levels, dtype=torch.int16)
@@ -234,36 +240,44 @@ def corrected(weight: Tensor, deviation: Tensor, order: Tensor, factor: Factor, 
 
 
 class _Solver:
-    """One pass of GPTQ over a weight whose columns come first, in order."""
+    """GPTQ over a weight whose columns come first, in order: ``fp32 [in, rows]``.
 
-    def __init__(self, settings: Gptq, grid: Grid, columns: ColumnOrder, factor: Factor, diagonal: Tensor) -> None:
+    Its results are levels, ``fp32 [in, rows]`` in the same order, and the choices of all groups, ``[groups, rows]``.
+    """
+
+    def __init__(self, settings: Gptq, grid: Grid, columns: ColumnOrder, factor: Factor, hessian: Tensor) -> None:
         self.settings, self.grid, self.columns, self.factor = settings, grid, columns, factor
-        if settings.scale_search == "conditional" and factor.usable:
+        self.hessian = hessian[columns.order][:, columns.order]
+        self.groups, self.members = columns.group[columns.order], columns.columns()
+        self.loop = ColumnLoop(grid)
+        if settings.scale_search != "diagonal" and factor.usable:
             self.importance = factor.upper.diagonal().square().reciprocal()
         else:
-            self.importance = diagonal[columns.order].clamp(min=0)
+            self.importance = self.hessian.diagonal().clamp(min=0)
 
-    def run(self, weight: Tensor) -> tuple[Tensor, Choice]:
-        """Quantize ``fp32 [in, rows]``.
+    def solve(self, weight: Tensor) -> tuple[Tensor, Choice]:
+        """The pass over the columns, the sweeps, and rounding to nearest for rows where that happens to be better."""
+        levels, choice = self.first_pass(weight)
+        if self.factor.usable and self.settings.sweeps:
+            self.sweep(weight, levels, choice)
+        if self.factor.usable and self.settings.scale_search != "minmax":
+            levels, choice = self.or_nearest(weight, levels, choice)
+        return levels, choice
 
-        Returns:
-            Levels, ``fp32 [in, rows]``, in the same order, and the choices of all groups, ``[groups, rows]``.
-        """
+    def first_pass(self, weight: Tensor) -> tuple[Tensor, Choice]:
+        """Round column by column, each time correcting those behind."""
         upper, weight, levels = self.factor.upper, weight.clone(), torch.empty_like(weight)
-        choice = Choice(weight.new_zeros(self.columns.count, weight.shape[1]),
-                        weight.new_zeros(self.columns.count, weight.shape[1]))  # fmt: skip
-        groups, members = self.columns.group[self.columns.order], self.columns.columns()
+        choice = self._nothing(weight)
         if self.columns.static:
-            for number, within in enumerate(members):
+            for number, within in enumerate(self.members):
                 choice.put(number, self._choose(weight, within))
-        loop, chosen = ColumnLoop(self.grid), -1
-        numbers = groups.tolist()
+        chosen, numbers = -1, self.groups.tolist()
         for start, end in self.columns.runs(self.settings.block_size):
             if not self.columns.static and numbers[start] != chosen:
                 chosen = numbers[start]
-                choice.put(chosen, self._choose(weight, members[chosen]))
-            meaning = self.grid.levels(choice.of(groups[start : end if self.columns.static else start + 1]))
-            levels[start:end], errors = loop.run(weight[start:end], upper[start:end, start:end], meaning)
+                choice.put(chosen, self._choose(weight, self.members[chosen]))
+            meaning = self.grid.levels(choice.of(self.groups[start : end if self.columns.static else start + 1]))
+            levels[start:end], errors = self.loop.run(weight[start:end], upper[start:end, start:end], meaning)
             if self.factor.usable and end < len(weight):
                 weight[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
         return levels, choice
@@ -272,7 +286,45 @@ class _Solver:
         """The scale and zero of a group, from its weights as they are now."""
         if self.settings.scale_search == "minmax":
             return by_range(self.grid, weight[within])
-        return search(self.grid, weight[within], self.importance[within])
+        best = search(self.grid, weight[within], self.importance[within])
+        whole = not self.columns.static and len(within) <= self.settings.block_size
+        return self._try(weight[within], within, best) if self.settings.scale_search == "trial" and whole else best
+
+    def _try(self, weight: Tensor, within: Tensor, best: Choice) -> Choice:
+        """Work a group off with several scales, side by side as if they were rows, and keep each row's best."""
+        resting = self.grid.resting_point(best)
+        tried = [best] + [self.grid.kept_where_valid(self.grid.step(best) * by, resting, best) for by in _TRIED]
+        all_ = Choice(torch.cat([one.scale for one in tried]), torch.cat([one.zero for one in tried]))
+        levels = self.grid.levels(all_.of(None))
+        _, errors = self.loop.run(weight.repeat(1, len(tried)), self.factor.upper[within][:, within], levels)
+        costs = errors.square().sum(0).view(len(tried), -1)
+        rows = torch.arange(weight.shape[1], device=weight.device)
+        return all_.of(costs.argmin(0) * len(rows) + rows)
+
+    def _nothing(self, weight: Tensor) -> Choice:
+        shape = (self.columns.count, weight.shape[1])
+        return Choice(weight.new_zeros(shape), weight.new_zeros(shape))
+
+    def sweep(self, weight: Tensor, levels: Tensor, choice: Choice) -> None:
+        """Coordinate descent over codes and scales, in place."""
+        hessian = self.hessian.clone()
+        hessian.diagonal().add_(max(self.factor.damp, _LEAST_CURVATURE) * hessian.diagonal().mean())
+        descent = Descent(self.grid, weight, levels, choice, self.members, hessian)
+        for _ in range(self.settings.sweeps):
+            descent.sweep(self.settings.block_size)
+
+    def or_nearest(self, weight: Tensor, levels: Tensor, choice: Choice) -> tuple[Tensor, Choice]:
+        """Rows for which plain rounding to nearest has the lower output error, as that makes them."""
+        plain, rounded = self._nothing(weight), torch.empty_like(weight)
+        for number, within in enumerate(self.members):
+            plain.put(number, by_range(self.grid, weight[within]))
+            rounded[within] = self.grid.nearest(weight[within], self.grid.levels(plain.of(number)))
+        better = self._output_error(weight, rounded, plain) < self._output_error(weight, levels, choice)
+        return torch.where(better, rounded, levels), plain.where(better, choice)
+
+    def _output_error(self, weight: Tensor, levels: Tensor, choice: Choice) -> Tensor:
+        error = weight - self.grid.value(levels, self.grid.levels(choice.of(self.groups)))
+        return (error * (self.hessian @ error)).sum(0)
 
 
 def _store(grid: Grid, codes: Tensor, choice: Choice, columns: ColumnOrder, shape: tuple[int, int]) -> QuantTensor:

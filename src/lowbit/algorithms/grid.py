@@ -33,7 +33,7 @@ class Choice:
     scale: Tensor
     zero: Tensor
 
-    def of(self, index: int | Tensor | slice | tuple[slice, slice]) -> Choice:
+    def of(self, index: int | Tensor | slice | tuple[slice, slice] | None) -> Choice:
         """Those of some of the groups."""
         return Choice(self.scale[index], self.zero[index])
 
@@ -137,7 +137,7 @@ class Grid:
 
     def levels(self, choice: Choice) -> Levels:
         """What the scales and zeros of groups mean."""
-        step = choice.scale * self.spec.scale.multiplier
+        step = self.step(choice)
         low, high = torch.full_like(step, self.low), torch.full_like(step, self.high)
         if self.kind == "integer":
             return Levels(step, torch.zeros_like(step), low - choice.zero, high - choice.zero)
@@ -203,6 +203,10 @@ class Grid:
         choice = self.store(step, zero)
         good = torch.isfinite(step) & (step > 0) & torch.isfinite(choice.scale) & torch.isfinite(choice.zero)
         return choice.where(good, before)
+
+    def step(self, choice: Choice) -> Tensor:
+        """What lies between two levels."""
+        return choice.scale * self.spec.scale.multiplier
 
     def stored_step(self, step: Tensor) -> Tensor:
         """The step that a stored scale gives back."""
