@@ -65,7 +65,7 @@ def stored_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
 
 def _describe_dense(folder: Path) -> tuple[dict[str, Any], Plan]:
     from lowbit.core import Kept, Plan
-    from lowbit.wire.store import CheckpointFiles
+    from lowbit.wire.store import CheckpointFiles, dtype_bits
 
     files = CheckpointFiles(folder)
     layouts = {name: files.layout(name) for name in files.names()}
@@ -77,12 +77,6 @@ def _describe_dense(folder: Path) -> tuple[dict[str, Any], Plan]:
     bits = sum(math.prod(shape) * dtype_bits(dtype) for shape, dtype in matrices.values())
     count = sum(math.prod(shape) for shape, _ in matrices.values())
     return _report("dense", bits / count if count else 0.0, [], plan), plan
-
-
-def dtype_bits(name: str) -> int:
-    """Bits per number of a dtype as safetensors names it: ``BF16`` has 16, ``F8_E4M3`` 8, ``BOOL`` 8."""
-    digits = name.partition("_")[0].lstrip("BFIUC")
-    return int(digits) if digits.isdigit() else 8
 
 
 def _report(form: str, bits: float, weights: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:

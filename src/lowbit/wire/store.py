@@ -239,6 +239,12 @@ def read_dtypes(path: Path, names: Collection[str]) -> dict[str, str]:
     return {name: file.get_slice(name).get_dtype() for name in names if name in present}
 
 
+def dtype_bits(name: str) -> int:
+    """Bits per number of a dtype as safetensors names it: ``BF16`` has 16, ``F8_E4M3`` 8, ``BOOL`` 8."""
+    digits = name.partition("_")[0].lstrip("BFIUC")
+    return int(digits) if digits.isdigit() else 8
+
+
 def _open(path: Path) -> Any:
     try:
         with path.open("rb") as file:
