@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from lowbit.cli import convert, demo, doctor, evaluate, inspect, methods, quantize, recommend
+from lowbit.cli import convert, demo, doctor, evaluate, inspect, methods, quantize, recommend, report
 from lowbit.errors import LowbitError
 
 USER_ERROR = 2
@@ -36,6 +36,7 @@ app.command("demo")(demo.command)
 app.command("doctor")(doctor.command)
 app.command("methods")(methods.command)
 app.command("recommend")(recommend.command)
+app.command("report")(report.command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -47,7 +47,7 @@ def command(
     folder = find_folder(path, gguf=True)
     compared = None if reference is None else find_folder(reference, gguf=True)
     names = None if tasks is None else _checked_tasks(tasks, task_path)
-    windows = None if text is None else _windows(folder, read_text(text), seq_len, max_windows, compared)
+    windows = None if text is None else text_windows(folder, read_text(text), seq_len, max_windows, compared)
 
     model = load_model(folder, dtype=dtype, device=device)
     started = time.perf_counter()
@@ -149,7 +149,7 @@ def _score(name: str, scores: dict[str, float]) -> str:
     return f"{name} {scores[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _windows(folder: Path, text: str, seq_len: int, most: int | None, reference: Path | None) -> Any:
+def text_windows(folder: Path, text: str, seq_len: int, most: int | None, reference: Path | None) -> Any:
     """The text in windows; what is wrong with them is found before a model is loaded."""
     from lowbit.bench import check_seq_len, check_vocabularies, token_windows
 

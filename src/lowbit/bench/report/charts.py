@@ -160,7 +160,7 @@ def heatmap_labels(heatmap: Heatmap) -> Markup:
 
 def heatmap_cells(heatmap: Heatmap, metric: Metric) -> Markup:
     """The cells, coloured by a metric."""
-    width = min(108.0, max(11.0, _HEAT_WIDTH / heatmap.columns))
+    width = min(160.0, max(11.0, _HEAT_WIDTH / heatmap.columns))
     rectangles = [
         tag(
             "rect",
@@ -317,7 +317,14 @@ def outliers(layers: Sequence[Layer], metric: Metric) -> Markup:
     )
 
 
-_LABELLED: Final = ("GGUF Q8_0", "GGUF Q5_K_M", "GGUF Q3_K_M", "GGUF Q2_K", "round-to-nearest, 2 bits")
+# Few enough to be read, each on the side where no other point is.
+_LABELLED: Final = {
+    "GGUF Q8_0": "left",
+    "GGUF Q5_K_M": "right",
+    "GGUF Q3_K_M": "left",
+    "GGUF Q2_K": "left",
+    "round-to-nearest, 2 bits": "right",
+}
 _LEAST, _MOST = 0.01, 1000.0  # percent; what is drawn of how perplexity grows
 
 
@@ -336,8 +343,11 @@ def perplexity(size: float, measured: Measured | None) -> Markup:
     for figure in FIGURES:
         x, y = frame.x(across.position(figure.bits)), frame.y(up.position(figure.growth))
         others.append(_dot(x, y, _figure_title(figure), "other"))
-        if figure.title in _LABELLED and not _collides(x, y, here):
-            others.append(_text(x + 7, y + 4, figure.title, "tick"))
+        side = _LABELLED.get(figure.title)
+        if side and not _collides(x, y, here):
+            is_left = side == "left"
+            text = figure.title.removeprefix("GGUF ")
+            others.append(_text(x - 7 if is_left else x + 7, y + 4, text, "tick end" if is_left else "tick"))
     axes = join(
         _grid_y(frame, up, lambda value: f"+{number(value, 1)} %"),
         _grid_x(frame, across, number, "Bits per weight of the blocks' linear layers"),

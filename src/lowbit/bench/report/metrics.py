@@ -235,7 +235,7 @@ def _decades(low: float, high: float) -> list[float]:
 def _evenly(low: float, high: float) -> list[float]:
     if high <= low:
         return [low]
-    raw = (high - low) / 4
+    raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)
     first = math.ceil(low / step - 1e-9)

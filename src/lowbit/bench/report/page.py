@@ -131,13 +131,11 @@ def _tiles(report: Report) -> Markup:
     over_all = 8 * report.file_bytes / report.parameters if report.parameters else 0.0
     blocks = f"{bits(_mean_bits(inside))} in the blocks" if 0 < len(inside) < len(report.layers) else ""
     ratio = report.before / report.file_bytes if report.file_bytes else 0.0
-    compared = (
-        f"from {size(report.before)}, {number(ratio)} times smaller" if ratio >= 1 else f"from {size(report.before)}"
-    )
-    where = f"of {report.reference}" if report.reference else "all weights in 16 bits"
+    smaller = f"{number(ratio)} times smaller" if ratio >= 1 else ""
+    where = f"({shortened(report.reference, 40)})" if report.reference else "with all weights in 16 bits"
     tiles = [
         _tile("Bits per weight", bits(everything), blocks, f"{bits(over_all)} over the whole file"),
-        _tile("Size", size(report.file_bytes), compared, shortened(where, 40)),
+        _tile("Size", size(report.file_bytes), smaller, f"{size(report.before)} before {where}"),
         *_measured_tiles(report.measured),
         *_error_tiles(report),
     ]
@@ -206,6 +204,8 @@ def _stands_out(report: Report) -> Markup | None:
 def _caveats(report: Report) -> list[str]:
     """What a reader has to know before he trusts the figures."""
     found = []
+    if main_error(report) is None and not report.reference:
+        found.append("What it has cost each layer isn't known: --reference DENSE_FOLDER compares the weights.")
     if not report.comparable:
         found.append(
             f"The norms differ from those of {shortened(report.reference)}: scales were moved between layers or "
