@@ -190,7 +190,7 @@ class TestMistakes:
         [
             (("frobnicate",), "No such command 'frobnicate'"),
             (("eval",), "Missing argument 'PATH'"),
-            (("eval", "SMALL"), "Missing option '--text'"),
+            (("eval", "SMALL"), "give a text to measure on with --text FILE"),
             (("eval", "SMALL", "--text", "/no/such/file"), "the text '/no/such/file' can't be read: No such file"),
             (("eval", "SMALL", "--text", "TEXT", "--seq-len", "4096"), "longer than the model's 1024 positions"),
             (("eval", "SMALL", "--text", "TEXT", "--seq-len", "1024"), "less than one window of 1024"),

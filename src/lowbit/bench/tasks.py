@@ -37,19 +37,26 @@ def check_tasks(tasks: Sequence[str], include: Path | None = None) -> Any:
         PlanError: the package is missing, or it has no such task.
     """
     check_lm_eval()
+    if not tasks:
+        raise PlanError("no task is named; give names such as arc_easy,hellaswag")
     if include is not None and not include.is_dir():
         raise PlanError(f"there is no folder '{include}' with tasks")
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(
-        include_path=None if include is None else str(include)
-    )
-    unknown = [name for name in tasks if name not in manager.all_tasks]
-    if unknown or not tasks:
-        raise PlanError(
-            f"lm-eval has no task {', '.join(map(repr, unknown))}; 'lm_eval ls tasks' lists them"
-            if unknown
-            else "no task is named; give names such as arc_easy,hellaswag"
-        )
+    manager_of = importlib.import_module("lm_eval.tasks").TaskManager
+    if include is not None:
+        # The harness reads thousands of files to know its own tasks, which takes long.
+        manager = manager_of(include_path=str(include), include_defaults=False)
+        if not _unknown(tasks, manager):
+            return manager
+    manager = manager_of(include_path=None if include is None else str(include))
+    unknown = _unknown(tasks, manager)
+    if unknown:
+        raise PlanError(f"lm-eval has no task {', '.join(map(repr, unknown))}; 'lm_eval ls tasks' lists them")
     return manager
+
+
+def _unknown(tasks: Sequence[str], manager: Any) -> list[str]:
+    known = set(manager.all_tasks)
+    return [name for name in tasks if name not in known]
 
 
 def run_tasks(
@@ -57,6 +64,7 @@ def run_tasks(
     tokenizer: Any,
     tasks: Sequence[str],
     *,
+    manager: Any = None,
     include: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
@@ -68,6 +76,7 @@ def run_tasks(
         model: a causal language model of Transformers, on its device; dense or quantized.
         tokenizer: its tokenizer.
         tasks: names of tasks and groups.
+        manager: what :func:`check_tasks` gave, where it was called before.
         include: a folder with further tasks in YAML files.
         limit: examples of each task; None takes all.
         shots: solved examples before each question; None takes what each task says.
@@ -80,7 +89,7 @@ def run_tasks(
     Raises:
         PlanError: the package is missing, it has no such task, or a task's data can't be had.
     """
-    manager = check_tasks(tasks, include)
+    manager = manager or check_tasks(tasks, include)
     harness = importlib.import_module("lm_eval.models.huggingface")
     # Given an object, the harness leaves its device and dtype alone.
     wrapped = harness.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)

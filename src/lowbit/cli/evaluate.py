@@ -46,7 +46,7 @@ def command(
     console.silence(bars=as_json)
     folder = find_folder(path, gguf=True)
     compared = None if reference is None else find_folder(reference, gguf=True)
-    names = None if tasks is None else _checked_tasks(tasks, task_path)
+    names, manager = (None, None) if tasks is None else _checked_tasks(tasks, task_path)
     windows = None if text is None else text_windows(folder, read_text(text), seq_len, max_windows, compared)
 
     model = load_model(folder, dtype=dtype, device=device)
@@ -59,7 +59,7 @@ def command(
         report = measure_against(model, load_model(compared, dtype=dtype, device=device), windows)
     seconds = time.perf_counter() - started
     if names is not None:
-        options = {"include": task_path, "limit": limit, "shots": shots, "batch_size": batch_size}
+        options = {"manager": manager, "limit": limit, "shots": shots, "batch_size": batch_size}
         report["tasks"] = _run_tasks(model, load_tokenizer(folder), names, quiet=as_json, **options)
     if as_json:
         console.print_json(report)
@@ -189,12 +189,12 @@ def _check_same_tokens(windows: Any, others: Any) -> None:
         )
 
 
-def _checked_tasks(tasks: str, include: Path | None) -> list[str]:
+def _checked_tasks(tasks: str, include: Path | None) -> tuple[list[str], Any]:
+    """The names, and the harness' manager, which knows them."""
     from lowbit.bench.tasks import check_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    check_tasks(names, include)
-    return names
+    return names, check_tasks(names, include)
 
 
 def _run_tasks(model: Any, tokenizer: Any, names: Sequence[str], *, quiet: bool, **options: Any) -> Any:
