@@ -9,6 +9,7 @@ from lowbit.algorithms.blockwise import BlockwiseTable, nested_map
 from lowbit.algorithms.eetq import HalfAwayRows
 from lowbit.algorithms.float8 import ScaledFloat8
 from lowbit.algorithms.ggml import GgmlBlocks
+from lowbit.algorithms.ggml_feedback import ErrorFeedbackBlocks
 from lowbit.algorithms.rows import Int8Rows
 from lowbit.algorithms.rtn import RoundToNearest
 from lowbit.core import int8_spec, integer_spec, table_spec
@@ -17,6 +18,7 @@ __all__ = [
     "AffineIntegers",
     "Algorithm",
     "BlockwiseTable",
+    "ErrorFeedbackBlocks",
     "GgmlBlocks",
     "HalfAwayRows",
     "Int4Additive",

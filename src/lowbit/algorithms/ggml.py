@@ -18,7 +18,7 @@ from lowbit.algorithms.ggml_parts import SUPER, Parts, blocks_of, packed_codes, 
 from lowbit.algorithms.ggml_searched import nonlinear, search_ranges, search_scales, with_mins, without_mins
 from lowbit.algorithms.lattices import make_lattice
 from lowbit.algorithms.statistics import SQUARES, Statistics
-from lowbit.algorithms.ternary import make_iq1_m, make_iq1_s
+from lowbit.algorithms.ternary import make_ternary
 from lowbit.core import FloatCode, QuantSpec, QuantTensor
 from lowbit.core.ggml import GGML_SPECS, ggml_type_of
 from lowbit.core.tables import E2M1, SIGN
@@ -61,21 +61,28 @@ class GgmlBlocks(Algorithm):
         return self._quantize(weight, spec, importance)
 
     def _quantize(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None) -> QuantTensor:
-        name, maker = _maker(spec, weight)
+        name, maker = maker_for(spec, weight)
         if importance is None and maker.calibrated:
             raise PlanError(
                 f"{name} can't be made of the weight alone: llama.cpp and lowbit want the importance of its inputs "
                 "(an importance matrix); calibrate, or choose IQ2_S, IQ3_XXS, IQ3_S or a K type"
             )
-        shape = (weight.shape[0], weight.shape[1])
-        step = max(1, (_CHUNK_GPU if weight.is_cuda else _CHUNK) // shape[1])
-        made = [_made(name, maker, rows.float(), importance) for rows in weight.split(step)]
-        layout = spec.tensors(shape)
-        tensors = {
-            key: torch.cat([part[key] for part in made]).view(layout[key][0]) for key in made[0] if key != "table"
-        }
-        tensors |= {key: made[0][key] for key in ("table",) if key in made[0]}
-        return QuantTensor(spec, tensors, shape).validate()
+        tensors = made_in_chunks(name, spec, weight, importance)
+        return QuantTensor(spec, tensors, (weight.shape[0], weight.shape[1])).validate()
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """How many rows of a weight are made at a time."""
+    return max(1, (_CHUNK_GPU if weight.is_cuda else _CHUNK) // weight.shape[1])
+
+
+def made_in_chunks(name: str, spec: QuantSpec, weight: Tensor, importance: Tensor | None) -> Parts:
+    """The tensors of ``weight [out, in]``, a few rows at a time."""
+    maker = MAKERS[name]
+    made = [_made(name, maker, rows.float(), importance) for rows in weight.split(rows_at_once(weight))]
+    layout = spec.tensors((weight.shape[0], weight.shape[1]))
+    parts = {key: torch.cat([part[key] for part in made]).view(layout[key][0]) for key in made[0] if key != "table"}
+    return parts | {key: made[0][key] for key in ("table",) if key in made[0]}
 
 
 def checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
@@ -100,7 +107,12 @@ class Maker(NamedTuple):
     calibrated: bool = False
 
 
-def _maker(spec: QuantSpec, weight: Tensor) -> tuple[str, Maker]:
+def maker_for(spec: QuantSpec, weight: Tensor) -> tuple[str, Maker]:
+    """The type of a spec and what makes it.
+
+    Raises:
+        PlanError: there is none, or the weight is empty or has rows that aren't whole blocks.
+    """
     name = ggml_type_of(spec)
     maker = MAKERS.get(name or "")
     if name is None or maker is None:
@@ -267,8 +279,8 @@ MAKERS: Final = {
     "Q6_K": Maker(SUPER, without_mins),
     "IQ4_NL": Maker(32, nonlinear),
     "IQ4_XS": Maker(SUPER, nonlinear),
-    "IQ1_S": Maker(SUPER, make_iq1_s, calibrated=True),
-    "IQ1_M": Maker(SUPER, make_iq1_m),
+    "IQ1_S": Maker(SUPER, make_ternary, calibrated=True),
+    "IQ1_M": Maker(SUPER, make_ternary),
     "IQ2_XXS": Maker(SUPER, make_lattice, calibrated=True),
     "IQ2_XS": Maker(SUPER, make_lattice, calibrated=True),
     "IQ2_S": Maker(SUPER, make_lattice),

@@ -1,8 +1,8 @@
 """ggml's IQ2 and IQ3: magnitudes eight (four) at a time from a grid, signs apart, 4-bit scales; llama.cpp's search.
 
-For a few scales of each group of weights the nearest vectors are found (:mod:`lowbit.algorithms.neighbours`), and the scale
-that fits them best is solved for; the best of these stays. Where the signs of eight weights have to be even in number,
-the one that matters least is turned over.
+For a few scales of each group of weights the nearest vectors are found (:mod:`lowbit.algorithms.neighbours`), and the
+scale that fits them best is solved for; the best of these stays. Where the signs of eight weights have to be even in
+number, the one that matters least is turned over.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Fit(NamedTuple):
     """A scale per group ``[n]`` and the vectors ``int32 [group / size, n]``."""
 
     scale: Tensor
-    index: Tensor
+    vectors: Tensor
 
 
 def search_lattice(name: str, rows: Tensor, importance: Tensor | None) -> BlockFields:
@@ -93,7 +93,7 @@ def search_lattice(name: str, rows: Tensor, importance: Tensor | None) -> BlockF
     scales = (ratio(1, top) * scale).sub_(1).mul_(0.5).round_().clamp_(0, 15)
     super_scale = top.squeeze(1) if lattice.stretch == 1.0 else top.squeeze(1) * fp32(lattice.stretch)
     return BlockFields(
-        by_block(fit.index.masked_fill(empty, 0), blocks),
+        by_block(fit.vectors.masked_fill(empty, 0), blocks),
         by_block(signs.masked_fill(empty, 0), blocks),
         scales.to(torch.uint8),
         super_scale.half(),

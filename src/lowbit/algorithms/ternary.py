@@ -1,7 +1,8 @@
 """ggml's IQ1: -1, 0 and 1, eight at a time from a grid, all shifted by an eighth up or down; llama.cpp's search.
 
 Of a group in ascending order the first are -1, the last 1 and those between 0, so all ways to cut it in three are
-tried, with each shift. What isn't on the grid then becomes the nearest vector that is (:mod:`lowbit.algorithms.neighbours`).
+tried, with each shift. What isn't on the grid then becomes the nearest vector that is
+(:mod:`lowbit.algorithms.neighbours`).
 """
 
 from __future__ import annotations
@@ -57,7 +58,17 @@ class _Best:
         self.which.masked_fill_(better, number)
 
 
-def make_iq1_s(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
+def make_ternary(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
+    """The blocks of ``fp32 [rows, in]``: ``codes``, ``uint8 [rows, blocks, bytes]``."""
+    return encoded(name, search_ternary(name, rows, importance), len(rows))
+
+
+def search_ternary(name: str, rows: Tensor, importance: Tensor | None) -> BlockFields:
+    """Vectors, shifts and scales of every block of ``fp32 [rows, in]``."""
+    return _search_iq1_s(rows, importance) if name == "IQ1_S" else _search_iq1_m(rows, importance)
+
+
+def _search_iq1_s(rows: Tensor, importance: Tensor | None) -> BlockFields:
     """Groups of 32 that share scale and shift."""
     x, weights = columns_of(rows, 32), _weights(rows, importance, 32)
     cut = _cut_whole(x, weights)
@@ -72,10 +83,10 @@ def make_iq1_s(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
         _eighths(scale, top),
         (top.squeeze(1) * 1.125).half(),
     )
-    return encoded(name, _zeroed(fields, top.squeeze(1) == 0), len(rows))
+    return _zeroed(fields, top.squeeze(1) == 0)
 
 
-def make_iq1_m(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
+def _search_iq1_m(rows: Tensor, importance: Tensor | None) -> BlockFields:
     """Groups of 16 that share a scale, and a shift for each eight; the block's scale is fitted in the end."""
     x, weights = columns_of(rows, 16), _weights(rows, importance, 16)
     cut = _cut_halves(x, weights)
@@ -91,8 +102,7 @@ def make_iq1_m(name: str, rows: Tensor, importance: Tensor | None) -> Parts:
     in_order = [columns_of(part.t().reshape(len(rows), -1), SUPER) for part in (weighted * x, weighted * q)]
     products, norms = total(in_order[0]), total(in_order[1])
     top = torch.where(norms > 0, products / norms, top.squeeze(1)).masked_fill(top.squeeze(1) == 0, 0)
-    fields = BlockFields(by_block(index, 16), by_block(down, 16).to(torch.uint8), scales, (top * fp32(1.1125)).half())
-    return encoded(name, fields, len(rows))
+    return BlockFields(by_block(index, 16), by_block(down, 16).to(torch.uint8), scales, (top * fp32(1.1125)).half())
 
 
 def _weights(rows: Tensor, importance: Tensor | None, group: int) -> Tensor:
