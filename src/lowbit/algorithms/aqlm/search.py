@@ -145,9 +145,7 @@ def _search(targets: Tensor, costs: Tensor, vectors: Tensor, beam: int) -> Hypot
     Vector after vector is added; then each is exchanged once more with the others as they are.
     """
     found = _added(targets, costs, vectors, beam)
-    if vectors.shape[0] == 1:
-        return found
-    return _without_twins(_refined(found, vectors))
+    return found if len(vectors) == 1 else _different(_refined(found, vectors))
 
 
 def _added(targets: Tensor, costs: Tensor, vectors: Tensor, beam: int) -> Hypotheses:
@@ -178,12 +176,11 @@ def _refined(found: Hypotheses, vectors: Tensor) -> Hypotheses:
     return Hypotheses(start + left.square().sum(-1), found.parents, codes, left)
 
 
-def _without_twins(found: Hypotheses) -> Hypotheses:
+def _different(found: Hypotheses) -> Hypotheses:
     """The same, where what stands there twice is infinitely bad the second time."""
     every = torch.cat([found.parents.unsqueeze(-1), found.codes], -1)
     same = (every.unsqueeze(1) == every.unsqueeze(2)).all(-1)
-    twin = same.tril(-1).any(-1)
-    found.costs = found.costs.masked_fill(twin, torch.inf)
+    found.costs = found.costs.masked_fill(same.tril(-1).any(-1), torch.inf)
     return found
 
 
