@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit.algorithms.grid import Grid, Levels
+from lowbit.algorithms.replay import Replayed
 from lowbit.core import Grouping
-
-_GRAPHED_FROM = 8  # runs of fewer columns aren't worth a capture
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,13 @@ def _by_groups(order: Tensor, group: Tensor, importance: Tensor, count: int) -> 
     return order[torch.argsort(rank[group[order]], stable=True)]
 
 
-@dataclass
 class ColumnLoop:
-    """Rounds a run of columns one after the other, each correcting those behind it within the run.
+    """Rounds a run of columns one after the other, each correcting those behind it within the run."""
 
-    On a GPU, a run's kernels are captured as a CUDA graph the first time that its shape comes up.
-    """
-
-    grid: Grid
-    _graphs: dict[tuple[int, ...], _Graph] = field(default_factory=dict)
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._first = Replayed(self._pass_errors, _two_columns)
+        self._again = Replayed(self._pass_changes, _two_columns)
 
     def run(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Work off ``fp32 [n, rows]``, which is left alone.
@@ -96,74 +93,35 @@ class ColumnLoop:
         Returns:
             Levels, and what was passed on, both ``fp32 [n, rows]``, valid until the next call.
         """
-        if not weight.is_cuda or len(weight) < _GRAPHED_FROM:
-            buffers = _Buffers.of(weight, upper, levels, before)
-            buffers.work(self.grid)
-            return buffers.codes, buffers.passed
-        key = (*weight.shape, len(levels.step), int(before is None))
-        if key not in self._graphs:
-            self._graphs[key] = _Graph(self.grid, _Buffers.of(weight, upper, levels, before))
-        return self._graphs[key].run(weight, upper, levels, before)
+        meaning = (levels.step, levels.shift, levels.low, levels.high)
+        if before is None:
+            codes, passed = self._first(weight, upper, *meaning)
+        else:
+            codes, passed = self._again(weight, upper, *meaning, before)
+        return codes, passed
 
+    def _pass_errors(self, weight: Tensor, upper: Tensor, *meaning: Tensor) -> tuple[Tensor, ...]:
+        return self._work(weight, upper, Levels(*meaning), None)
 
-@dataclass
-class _Buffers:
-    weight: Tensor
-    upper: Tensor
-    levels: Levels
-    before: Tensor | None
-    codes: Tensor
-    passed: Tensor
+    def _pass_changes(self, weight: Tensor, upper: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        return self._work(weight, upper, Levels(*more[:4]), more[4])
 
-    @classmethod
-    def of(cls, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> _Buffers:
-        """Copies, which may be written to."""
-        kept = None if before is None else before.clone()
-        made = torch.empty_like(weight), torch.empty_like(weight)
-        return cls(weight.clone(), upper.clone(), levels.clone(), kept, *made)
-
-    def load(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> None:
-        self.weight.copy_(weight)
-        self.upper.copy_(upper)
-        self.levels.copy_(levels)
-        if self.before is not None and before is not None:
-            self.before.copy_(before)
-
-    def first(self, count: int) -> _Buffers:
-        levels = self.levels if len(self.levels.step) == 1 else self.levels.of(slice(0, count))
-        before = None if self.before is None else self.before[:count]
-        return _Buffers.of(self.weight[:count], self.upper[:count, :count], levels, before)
-
-    def work(self, grid: Grid) -> None:
-        last = len(self.weight) - 1
-        alone = len(self.levels.step) == 1
-        for column, weight in enumerate(self.weight.unbind(0)):
-            meaning = self.levels.of(0 if alone else column)
-            level = self.codes[column].copy_(grid.nearest(weight, meaning))
-            value, passed = grid.value(level, meaning), self.passed[column]
-            if self.before is None:
-                torch.sub(weight, value, out=passed).div_(self.upper[column, column])
+    def _work(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> tuple[Tensor, ...]:
+        grid, weight = self.grid, weight.clone()
+        codes, passed = torch.empty_like(weight), torch.empty_like(weight)
+        alone = len(levels.step) == 1
+        for column in range(len(weight)):
+            meaning, row = levels.of(0 if alone else column), weight[column]
+            level = codes[column].copy_(grid.nearest(row, meaning))
+            if before is None:
+                torch.sub(row, grid.value(level, meaning), out=passed[column]).div_(upper[column, column])
             else:
-                torch.sub(value, self.before[column], out=passed)
-            if column < last:
-                self.weight[column + 1 :].addr_(self.upper[column, column + 1 :], passed, alpha=-1)
+                torch.sub(grid.value(level, meaning), before[column], out=passed[column])
+            if column + 1 < len(weight):
+                weight[column + 1 :].addr_(upper[column, column + 1 :], passed[column], alpha=-1)
+        return codes, passed
 
 
-class _Graph:
-    """The same work on buffers that stay where they are, captured once."""
-
-    def __init__(self, grid: Grid, buffers: _Buffers) -> None:
-        self.buffers = buffers
-        current, stream = (torch.cuda.current_stream(buffers.weight.device), torch.cuda.Stream(buffers.weight.device))
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            buffers.first(2).work(grid)  # what is initialised at first use can't be while capturing
-        current.wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            buffers.work(grid)
-
-    def run(self, weight: Tensor, upper: Tensor, levels: Levels, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        self.buffers.load(weight, upper, levels, before)
-        self.graph.replay()
-        return self.buffers.codes, self.buffers.passed
+def _two_columns(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weight, upper, *others = inputs
+    return (weight[:2], upper[:2, :2], *(other[:2] for other in others))

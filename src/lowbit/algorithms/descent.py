@@ -20,6 +20,7 @@ class Descent:
 
     Args:
         grid: what the spec allows.
+        loop: over its columns.
         target: what the levels stand for at best.
         levels: the present ones; changed by :meth:`sweep`.
         choice: scales and zeros of all groups, ``[groups, rows]``; changed by :meth:`sweep`.
@@ -28,10 +29,17 @@ class Descent:
     """
 
     def __init__(
-        self, grid: Grid, target: Tensor, levels: Tensor, choice: Choice, members: list[Tensor], hessian: Tensor
+        self,
+        grid: Grid,
+        loop: ColumnLoop,
+        target: Tensor,
+        levels: Tensor,
+        choice: Choice,
+        members: list[Tensor],
+        hessian: Tensor,
     ) -> None:
         self.grid, self.levels, self.choice, self.members, self.hessian = grid, levels, choice, members, hessian
-        self.loop = ColumnLoop(grid)
+        self.loop = loop
         self.error = target.clone()
         for number, columns in enumerate(members):
             self.error[columns] -= grid.value(levels[columns], grid.levels(choice.of(slice(number, number + 1))))

@@ -62,18 +62,6 @@ class Levels:
         """Those of some of the columns."""
         return Levels(self.step[index], self.shift[index], self.low[index], self.high[index])
 
-    def clone(self) -> Levels:
-        """Copies, one after the other in memory."""
-        return Levels(*(part.clone(memory_format=torch.contiguous_format) for part in self._parts()))
-
-    def copy_(self, other: Levels) -> None:
-        """Take over the numbers of `other`, in place."""
-        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
-            mine.copy_(theirs)
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.step, self.shift, self.low, self.high
-
 
 class Grid:
     """What a spec lets a group of weights become.
