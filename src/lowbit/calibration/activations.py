@@ -1,0 +1,71 @@
+"""The activations between two blocks: on the device, in the host's memory, or in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Place = Literal["device", "host", "disk"]
+
+
+class Activations:
+    """The hidden states of every batch, ``[batch, tokens, features]`` each; one is held at a time where they are files.
+
+    Args:
+        place: where they are kept.
+        device: where they are needed.
+        folder: for files; exists, and is nobody else's.
+    """
+
+    def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:
+        self.place: Place = place
+        self.device, self._folder = device, folder
+        self._held: dict[int, Tensor] = {}
+        self._files: dict[int, Path] = {}
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        """Keep the hidden states of a batch; takes the place of earlier ones."""
+        if self.place == "disk" and self._folder is not None:
+            path = self._folder / f"{batch:06d}.safetensors"
+            save_file({"hidden": hidden.detach().to("cpu").contiguous()}, path)
+            self._files[batch] = path
+        else:
+            self._held[batch] = hidden.detach().to(self.device if self.place == "device" else "cpu")
+
+    def get(self, batch: int) -> Tensor:
+        """The hidden states of a batch, on the device."""
+        if batch in self._files:
+            return load_file(self._files[batch])["hidden"].to(self.device)
+        return self._held[batch].to(self.device)
+
+    def drop(self, batch: int) -> None:
+        """Forget a batch."""
+        self._held.pop(batch, None)
+        path = self._files.pop(batch, None)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of the batches, in order."""
+        return iter(sorted({*self._held, *self._files}))
+
+    def __len__(self) -> int:
+        return len(self._held) + len(self._files)
+
+
+def choose_place(nbytes: int, device: torch.device, host_limit: int = 1 << 30) -> Place:
+    """Where so many bytes go: to the device if it has four times as much free, else to the host, else to files.
+
+    Args:
+        nbytes: of all activations that are kept at once.
+        device: where the work is done.
+        host_limit: bytes of the host's memory that activations may take.
+    """
+    if device.type == "cuda" and 4 * nbytes <= torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "host" if nbytes <= host_limit else "disk"

@@ -1,0 +1,531 @@
+"""Quantizing a model block by block, each from what it sees behind the blocks that are quantized already.
+
+Memory holds one block, its calibration activations (which may be files), and what its algorithm needs. Finished blocks
+are filed in the job; a run that was stopped runs the finished ones again, quantized, to see what the next one sees.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.algorithms.base import Algorithm
+from lowbit.algorithms.report import LayerReport
+from lowbit.algorithms.statistics import DEVIATION, HESSIAN, Statistics
+from lowbit.calibration.activations import Activations, choose_place
+from lowbit.calibration.capture import Capture, Captured
+from lowbit.calibration.distributed import LEAVES, leaf_of, owner_of, owns, share_quantized, world
+from lowbit.calibration.job import BlockResult, Job
+from lowbit.calibration.observe import Watch, execution_stages
+from lowbit.calibration.rounding import can_learn
+from lowbit.calibration.stacks import Stack
+from lowbit.calibration.statistics import Key, Leaf, combine, input_groups, widen
+from lowbit.calibration.streaming import load_block, unload_block
+from lowbit.calibration.tune import Student, TuneConfig, tune_block
+from lowbit.calibration.units import Unit, units_below
+from lowbit.core import QuantTensor
+from lowbit.errors import PlanError
+
+Prepare = Callable[[nn.Module, str, Sequence[Unit], Mapping[str, Statistics], Callable[[nn.Module], Tensor]], list[str]]
+
+
+class Tell(Protocol):
+    """Is told how far the work is."""
+
+    def __call__(self, done: int, description: str | None = None) -> object: ...
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How to work on a block.
+
+    Attributes:
+        algorithm_of: the algorithm of a unit, by its name.
+        true_sequential: whether what runs later in a block is calibrated behind what is quantized already.
+        tune: learn codes and scales of each block afterwards.
+        prepare: may change a block before it is quantized without changing what it computes (AWQ's scales); is given
+            the block, its name, its units, their statistics, and something that runs the block. Returns notes.
+        prepare_needs: the statistics that `prepare` wants.
+        dtype: what blocks compute in; None for what their weights are.
+        host_limit: bytes of the host's memory that activations may take before they become files.
+    """
+
+    algorithm_of: Callable[[str], Algorithm]
+    true_sequential: bool = True
+    tune: TuneConfig | None = None
+    prepare: Prepare | None = None
+    prepare_needs: frozenset[str] = frozenset()
+    dtype: torch.dtype | None = None
+    host_limit: int = 1 << 30
+
+
+@dataclass
+class _Progress:
+    """What the runner says at the end, beside the blocks."""
+
+    notes: list[str] = field(default_factory=list)
+
+
+class Runner:
+    """Quantizes the stacks of a model.
+
+    Args:
+        model: its blocks on the meta device, the rest in memory.
+        weights: the blocks' parameters by full name.
+        units: what is quantized.
+        config: how.
+        job: where finished blocks go.
+        device: where the work is done.
+        tell: called with 1 after each block, and with a description in between.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Tensor],
+        units: Sequence[Unit],
+        config: RunConfig,
+        job: Job,
+        device: torch.device,
+        tell: Tell = lambda done, description=None: None,
+    ) -> None:
+        self.model, self.weights, self.units, self.config = model, weights, units, config
+        self.job, self.device, self.tell = job, device, tell
+        self.notes: list[str] = []
+        algorithms = [config.algorithm_of(unit.name) for unit in units]
+        self.dense_stream = config.tune is not None or any(DEVIATION in one.needs for one in algorithms)
+
+    def run(self, stacks: Sequence[Stack], batches: Sequence[dict[str, Tensor]]) -> None:
+        """Quantize every block of every stack.
+
+        Args:
+            stacks: in the order in which they run.
+            batches: what the model is called with, by name; the same in every process.
+
+        Raises:
+            PlanError: no batch is usable, or a block gives NaN or infinite numbers.
+            OSError: a finished block can't be filed.
+        """
+        self.model.eval()
+        earlier: list[tuple[Stack, Callable[[int], Tensor], Captured]] = []
+        number = 0
+        with torch.no_grad():
+            for stack in stacks:
+                flow = _Flow(self, stack, batches, earlier)
+                for position, name in enumerate(stack.blocks):
+                    self._block(flow, number, position, name)
+                    number += 1
+                earlier.append((stack, flow.hidden.get, flow.captured))
+
+    def _block(self, flow: _Flow, number: int, position: int, name: str) -> None:
+        started = time.perf_counter()
+        block, units = self.model.get_submodule(name), units_below(self.units, name)
+        load_block(block, name, self.weights, self.device, self.config.dtype)
+        try:
+            result = self.job.load(number)
+            dense = copy.deepcopy(block) if self.dense_stream else None
+            if result is None:
+                work = _BlockWork(self, flow, position, name, block, dense, units)
+                result = work.run()
+                result.report |= {"block": number, "name": name, "seconds": time.perf_counter() - started}
+                error = flow.advance(block, dense, position)
+                result.report["output_error"] = error
+                self.job.save(number, result)
+            else:
+                put_result(block, name, units, result)
+                flow.advance(block, dense, position)
+        finally:
+            unload_block(block)
+        self.tell(1, name)
+
+
+class _Flow:
+    """The activations on their way through a stack: behind quantized blocks and, where needed, behind dense ones."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        stack: Stack,
+        batches: Sequence[dict[str, Tensor]],
+        earlier: Sequence[tuple[Stack, Callable[[int], Tensor], Captured]],
+    ) -> None:
+        self.runner, self.total = runner, len(batches)
+        device, config = runner.device, runner.config
+        mine = {number: batch for number, batch in enumerate(batches) if owns(number, self.total)}
+        self._place = self._choose_place(batches, len(mine))
+        self.hidden, self.dense = self._store("hidden"), self._store("dense")
+        outside = _Outside(runner.model, stack, earlier, device, config.dtype)
+        first = runner.model.get_submodule(stack.blocks[0])
+
+        def run_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return first(*args, **kwargs)
+
+        with outside:
+            load_block(first, stack.blocks[0], runner.weights, device, config.dtype)
+            try:
+                capture = Capture(runner.model, stack, run_first, earlier)
+                on_device = {
+                    number: {key: value.to(device) for key, value in batch.items()} for number, batch in mine.items()
+                }
+                self.captured = capture.run(on_device, self._keep)
+            finally:
+                unload_block(first)
+        self._require_some()
+
+    def _choose_place(self, batches: Sequence[dict[str, Tensor]], mine: int) -> Any:
+        config: Any = self.runner.model.config
+        width = getattr(config.get_text_config(decoder=True), "hidden_size", 0) or 4096
+        tokens = max((batch["input_ids"].numel() for batch in batches), default=0)
+        nbytes = mine * tokens * width * (self.runner.config.dtype or torch.bfloat16).itemsize
+        return choose_place(nbytes * (1 + self.runner.dense_stream), self.runner.device, self.runner.config.host_limit)
+
+    def _store(self, name: str) -> Activations:
+        folder = self.runner.job.folder / "activations" / f"{name}-{world()[0]}"
+        if self._place == "disk":
+            folder.mkdir(parents=True, exist_ok=True)
+        return Activations(self._place, self.runner.device, folder)
+
+    def _keep(self, batch: int, hidden: Tensor) -> None:
+        if not bool(torch.isfinite(hidden).all()):
+            self.runner.notes.append(
+                f"{len(hidden)} calibration sequences were left out: the model's embeddings of them are NaN or infinite"
+            )
+            return
+        self.hidden.put(batch, hidden)
+        if self.runner.dense_stream:
+            self.dense.put(batch, hidden)
+
+    def _require_some(self) -> None:
+        if not len(self.hidden) and world()[1] == 1:
+            raise PlanError("no calibration sequence is usable: all give NaN or infinite numbers in this model")
+
+    def leaves(self) -> Iterator[tuple[int, list[int]]]:
+        """This process's runs of batches."""
+        alive = list(self.hidden)
+        for leaf in range(LEAVES):
+            if owner_of(leaf) == world()[0]:
+                yield leaf, [batch for batch in alive if leaf_of(batch, self.total) == leaf]
+
+    def advance(self, block: nn.Module, dense: nn.Module | None, position: int) -> float | None:
+        """Carry the activations through a block; returns the relative squared error behind it, where it is known."""
+        error = norm = 0.0
+        for batch in list(self.hidden):
+            out = self.captured.call(block, position, batch, self.hidden.get(batch))
+            if not bool(torch.isfinite(out).all()):
+                self._drop(batch, len(out))
+                continue
+            self.hidden.put(batch, out)
+            if dense is not None:
+                wanted = self.captured.call(dense, position, batch, self.dense.get(batch))
+                self.dense.put(batch, wanted)
+                error += float((out.float() - wanted.float()).square().sum())
+                norm += float(wanted.float().square().sum())
+        self._require_some()
+        return error / norm if norm else None
+
+    def _drop(self, batch: int, sequences: int) -> None:
+        self.hidden.drop(batch)
+        self.dense.drop(batch)
+        self.runner.notes.append(
+            f"{sequences} calibration sequences were left out: a block gives NaN or infinite numbers"
+        )
+
+
+class _Outside:
+    """Everything but the blocks on the device for as long as a stack is captured."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: Stack,
+        earlier: Sequence[tuple[Stack, Any, Any]],
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __enter__(self) -> None:
+        moved: dict[int, Any] = {}
+        for module in self.model.modules():
+            for own in (module._parameters, module._buffers):
+                for name, value in own.items():
+                    if value is not None and not value.is_meta:
+                        self._before.append((own, name, value))
+                        own[name] = moved.setdefault(id(value), self._moved(value))
+
+    def _moved(self, value: Tensor) -> Tensor:
+        cast = self.dtype if self.dtype is not None and isinstance(value, nn.Parameter) else value.dtype
+        found = value.detach().to(self.device, cast if value.is_floating_point() else value.dtype)
+        return nn.Parameter(found, requires_grad=False) if isinstance(value, nn.Parameter) else found
+
+    def __exit__(self, *_: object) -> None:
+        for own, name, value in self._before:
+            own[name] = value
+        self._before.clear()
+
+
+class _BlockWork:
+    """One block on its way from dense to quantized."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        flow: _Flow,
+        position: int,
+        name: str,
+        block: nn.Module,
+        dense: nn.Module | None,
+        units: list[Unit],
+    ) -> None:
+        self.runner, self.flow, self.position = runner, flow, position
+        self.name, self.block, self.dense, self.units = name, block, dense, units
+        self.result = BlockResult()
+        self.reports: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> BlockResult:
+        if self.units:
+            stages = self._stages()
+            if self.runner.config.prepare is not None:
+                self._prepare(stages)
+            for stage in stages if self.runner.config.true_sequential else [self.units]:
+                self._quantize(stage)
+            if self.runner.config.tune is not None:
+                self._tune(self.runner.config.tune)
+        self.result.dense |= self._changed()
+        self.result.report = {"layers": [self.reports[unit.name] for unit in self.units], "notes": []}
+        return self.result
+
+    def _call(self, block: Any, batch: int) -> Tensor:
+        return self.flow.captured.call(block, self.position, batch, self.flow.hidden.get(batch))
+
+    def _stages(self) -> list[list[Unit]]:
+        first = next(iter(self.flow.hidden), None)
+        if first is None:
+            return [self.units]
+        return execution_stages(self.block, self.name, self.units, lambda: self._call(self.block, first))
+
+    # ----------------------------------------------------------------------------------------------------- statistics
+
+    def _statistics(self, stage: list[Unit], needs: frozenset[str]) -> dict[Key, Statistics]:
+        groups = input_groups(stage)
+        if not needs:
+            return {key: Statistics() for key in groups}
+        return combine(self._leaves(groups, needs), groups, needs, self.runner.device)
+
+    def _leaves(self, groups: dict[Key, list[Unit]], needs: frozenset[str]) -> Iterator[tuple[int, Leaf]]:
+        first = {units[0].name: key for key, units in groups.items()}
+        watched = [units[0] for units in groups.values()]
+        for number, batches in self.flow.leaves():
+            leaf = Leaf(needs)
+            for batch in batches:
+                self._see(batch, watched, first, leaf)
+            yield number, leaf
+
+    def _see(self, batch: int, watched: list[Unit], first: dict[str, Key], leaf: Leaf) -> None:
+        dense: dict[str, Tensor] = {}
+        if DEVIATION in leaf.needs and self.dense is not None:
+            with Watch(
+                self.dense, self.name, watched, lambda unit, rows: dense.update({unit.name: rows}), stop=True
+            ) as watch:
+                hidden = self.flow.dense.get(batch)
+                watch.run(lambda: self.flow.captured.call(self.dense, self.position, batch, hidden))  # type: ignore[arg-type]
+
+        def see(unit: Unit, rows: Tensor) -> None:
+            theirs = dense.get(unit.name)
+            try:
+                leaf.add(first[unit.name], rows, theirs if theirs is not None and theirs.shape == rows.shape else None)
+            except FloatingPointError as error:
+                raise PlanError(f"{unit.name}: {error}; the model's activations overflow in this dtype") from error
+
+        with Watch(self.block, self.name, watched, see, stop=True) as watch:
+            watch.run(lambda: self._call(self.block, batch))
+
+    # ------------------------------------------------------------------------------------------------------- quantize
+
+    def _prepare(self, stages: list[list[Unit]]) -> None:
+        config = self.runner.config
+        statistics: dict[str, Statistics] = {}
+        for stage in stages:
+            found = self._statistics(stage, config.prepare_needs)
+            for key, units in input_groups(stage).items():
+                statistics |= {unit.name: found[key] for unit in units}
+        first = next(iter(self.flow.hidden))
+        if config.prepare is not None:
+            notes = config.prepare(
+                self.block, self.name, self.units, statistics, lambda block: self._call(block, first)
+            )
+            self.runner.notes.extend(notes)
+
+    def _quantize(self, stage: list[Unit]) -> None:
+        needs = frozenset[str]().union(*(self.runner.config.algorithm_of(unit.name).needs for unit in stage))
+        groups = input_groups(stage)
+        statistics = self._statistics(stage, needs)
+        widened = widen(statistics, {key: units[0].shape[1] for key, units in groups.items()})
+        for number, (key, units) in enumerate(groups.items()):
+            used, note = widened[key]
+            self._solve(units, used, note, statistics[key].tokens, number % world()[1])
+
+    def _solve(self, units: list[Unit], statistics: Statistics, note: str | None, tokens: int, source: int) -> None:
+        """Quantize units with the same inputs in the process `source`, and take them over in all."""
+        started = time.perf_counter()
+        made: list[tuple[QuantTensor, LayerReport]] = []
+        if world()[0] == source:
+            made = solve(units, [self._weight(unit) for unit in units], statistics, self.runner.config.algorithm_of)
+        for number, unit in enumerate(units):
+            tensor, report = made[number] if made else (None, None)
+            self._take(unit, share_quantized(tensor, source) if world()[1] > 1 else made[number][0])
+            if report is not None:
+                notes = [*report.notes, *([note] if note else [])]
+                seconds = (time.perf_counter() - started) / len(units)
+                self.reports[unit.name] = describe(unit, self.result.units[unit.name], report, notes, tokens, seconds)
+                self.runner.tell(0, f"{unit.name}: error {report.output_error:.2e}")
+            else:
+                self.reports.setdefault(unit.name, {"name": unit.name})
+
+    def _weight(self, unit: Unit) -> Tensor:
+        return unit.weight(self._module(unit)).float()
+
+    def _module(self, unit: Unit) -> nn.Module:
+        return self.block.get_submodule(unit.module.removeprefix(self.name).removeprefix("."))
+
+    def _take(self, unit: Unit, tensor: QuantTensor) -> None:
+        self.result.units[unit.name] = tensor.to("cpu")
+        put_unit(self._module(unit), unit, tensor)
+
+    def _tune(self, config: TuneConfig) -> None:
+        """Learn in the first process; the block's target is what the dense model has behind it."""
+        learnable = [unit for unit in self.units if can_learn(unit.spec)]
+        if not learnable or self.dense is None or world()[0] != 0:
+            return
+        tuned_from = copy.deepcopy(self.dense)  # what isn't learned computes as it is quantized
+        for unit in self.units:
+            if unit not in learnable:
+                put_unit(self._module_of(tuned_from, unit), unit, self.result.units[unit.name])
+        student = Student(tuned_from, self.name, learnable, self.result.units, config)
+        batches = list(self.flow.hidden)
+        targets = {
+            batch: self.flow.captured.call(self.dense, self.position, batch, self.flow.dense.get(batch))
+            for batch in batches
+        }
+        with torch.enable_grad():
+            ratio = tune_block(
+                student,
+                lambda block, batch, hidden: self.flow.captured.call(block, self.position, batch, hidden),
+                self.flow.hidden.get,
+                targets.__getitem__,
+                batches,
+            )
+        units, norms = student.finish()
+        for unit in learnable:
+            self._take(unit, units[unit.name])
+            self.reports[unit.name]["tuned"] = ratio
+        for name, value in norms.items():
+            own = self.block.get_parameter(name.removeprefix(f"{self.name}."))
+            own.data.copy_(value)
+
+    def _module_of(self, block: nn.Module, unit: Unit) -> nn.Module:
+        return block.get_submodule(unit.module.removeprefix(self.name).removeprefix("."))
+
+    def _changed(self) -> dict[str, Tensor]:
+        """Parameters beside the units that are no longer what they were (scaled or learned norms)."""
+        quantized = {unit.full_parameter for unit in self.units}
+        changed: dict[str, Tensor] = {}
+        for own, parameter in self.block.named_parameters():
+            name = f"{self.name}.{own}"
+            if name in quantized:
+                continue
+            before = self.runner.weights[name]
+            if not torch.equal(parameter.detach().to("cpu", before.dtype), before.to("cpu")):
+                changed[name] = parameter.detach().to("cpu", before.dtype)
+        return changed
+
+
+def solve(
+    units: Sequence[Unit],
+    weights: Sequence[Tensor],
+    statistics: Statistics,
+    algorithm_of: Callable[[str], Algorithm],
+) -> list[tuple[QuantTensor, LayerReport]]:
+    """Quantize weights ``fp32 [out, in]`` with the same inputs; algorithms that can do so share what they factorize."""
+    algorithms = [algorithm_of(unit.name) for unit in units]
+    many = getattr(algorithms[0], "calibrated_many", None)
+    if many is not None and all(one is algorithms[0] for one in algorithms):
+        return list(many(list(weights), [unit.spec for unit in units], statistics))
+    made = []
+    for unit, weight, algorithm in zip(units, weights, algorithms, strict=True):
+        single = getattr(algorithm, "calibrated_with_report", None)
+        if single is not None:
+            made.append(single(weight, unit.spec, statistics))
+            continue
+        tensor = algorithm.calibrated(weight, unit.spec, statistics)
+        made.append((tensor, measure(weight, tensor, statistics)))
+    return made
+
+
+def measure(weight: Tensor, tensor: QuantTensor, statistics: Statistics) -> LayerReport:
+    """The errors of a weight ``fp32 [out, in]`` that an algorithm made which doesn't report any."""
+    difference = weight - tensor.to(str(weight.device)).dequantize()
+    relative = float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
+    output = relative
+    if statistics.hessian is not None:
+        output = _quadratic(difference, statistics.hessian) / max(1e-30, _quadratic(weight, statistics.hessian))
+    elif (importance := statistics.importance()) is not None:
+        output = float((difference.square() @ importance).sum() / (weight.square() @ importance).sum().clamp(min=1e-30))
+    return LayerReport(0.0, 0, False, relative, output)
+
+
+def _quadratic(weight: Tensor, hessian: Tensor) -> float:
+    return float(((weight @ hessian) * weight).sum())
+
+
+def describe(
+    unit: Unit, tensor: QuantTensor, report: LayerReport, notes: list[str], tokens: int, seconds: float
+) -> dict[str, Any]:
+    """What the report of a run says of one unit."""
+    facts = {key: value for key, value in asdict(report).items() if key != "notes"}
+    return {
+        "name": unit.name,
+        "shape": list(unit.shape),
+        "spec": str(tensor.spec),
+        "bits_per_weight": tensor.bits_per_weight,
+        **facts,
+        "tokens": tokens,
+        "seconds": seconds,
+        "notes": notes,
+    }
+
+
+def put_unit(module: nn.Module, unit: Unit, tensor: QuantTensor) -> None:
+    """Let a dense module compute with the quantized weight."""
+    place = unit.weight(module)
+    dense = tensor.to(str(place.device)).dequantize(tensor.spec.dtype)
+    place.copy_(dense.to(place.dtype))
+
+
+def put_result(block: nn.Module, prefix: str, units: Sequence[Unit], result: BlockResult) -> None:
+    """Let a dense block compute as it was quantized before."""
+    for unit in units:
+        put_unit(block.get_submodule(unit.module.removeprefix(prefix).removeprefix(".")), unit, result.units[unit.name])
+    for name, value in result.dense.items():
+        block.get_parameter(name.removeprefix(f"{prefix}.")).data.copy_(value)
+
+
+__all__ = [
+    "HESSIAN",
+    "Prepare",
+    "RunConfig",
+    "Runner",
+    "Tell",
+    "describe",
+    "measure",
+    "put_result",
+    "put_unit",
+    "solve",
+]

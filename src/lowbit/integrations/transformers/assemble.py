@@ -1,0 +1,159 @@
+"""From a finished job to a checkpoint: the source's tensors, one after the other, the quantized ones replaced."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from lowbit.calibration.job import Job
+from lowbit.calibration.units import Unit
+from lowbit.core import QuantSpec, QuantTensor
+from lowbit.errors import FormatError
+from lowbit.integrations.transformers.experts.names import ExpertNames
+from lowbit.integrations.transformers.quantizer import LowbitQuantizer
+from lowbit.integrations.transformers.saving import write_side_files
+from lowbit.wire.shards import SHARD_BYTES, ShardWriter
+from lowbit.wire.store import CheckpointFiles, read_json
+
+Specs = dict[str, tuple[QuantSpec, tuple[int, int]]]
+
+
+class Results:
+    """What a job has of each unit and each changed parameter, read when asked for."""
+
+    def __init__(self, job: Job, blocks: int, section: str) -> None:
+        self._job, self._section = job, section
+        self._block_of: dict[str, int] = {}
+        self._dense_of: dict[str, int] = {}
+        for number in range(blocks):
+            found = self._load(number)
+            self._block_of |= dict.fromkeys(found.units, number)
+            self._dense_of |= dict.fromkeys(found.dense, number)
+        self._recent: tuple[int, Any] = (-1, None)
+
+    def _load(self, number: int) -> Any:
+        found = self._job.load(number, self._section)
+        if found is None:
+            raise FormatError("a finished block is damaged", file=str(self._job.folder), found=number)
+        return found
+
+    def _in_memory(self, number: int) -> Any:
+        if self._recent[0] != number:
+            self._recent = (number, self._load(number))
+        return self._recent[1]
+
+    def unit(self, name: str) -> QuantTensor:
+        tensor: QuantTensor = self._in_memory(self._block_of[name]).units[name]
+        return tensor
+
+    def dense(self, name: str) -> Tensor | None:
+        """The changed parameter of this name; None where it is as it was."""
+        number = self._dense_of.get(name)
+        return None if number is None else self._in_memory(number).dense[name]
+
+    @property
+    def units(self) -> list[str]:
+        return list(self._block_of)
+
+
+class Assembly:
+    """Writes the checkpoint.
+
+    Args:
+        source: folder of the dense checkpoint.
+        model: of it, on any device.
+        quantizer: with the plan of the model.
+        units: all of them.
+        results: of the job.
+    """
+
+    def __init__(
+        self, source: Path, model: Any, quantizer: LowbitQuantizer, units: Sequence[Unit], results: Results
+    ) -> None:
+        self.files, self.model, self.quantizer, self.results = CheckpointFiles(source), model, quantizer, results
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._experts = ExpertNames(model, mapping)
+        self._linear = {f"{unit.module}.weight": unit for unit in units if unit.expert is None}
+        self._by_name = {unit.name: unit for unit in units}
+        self._fused: dict[str, list[Unit]] = {}
+        for unit in units:
+            if unit.expert is not None:
+                self._fused.setdefault(unit.full_parameter, []).append(unit)
+        self._state = model.state_dict()
+
+    def write(
+        self, folder: Path, advance: Callable[[int], object] = lambda done: None, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        """Write weights, configuration and side files into an empty folder; one tensor is in memory at a time."""
+        wire, settings = self.quantizer.recipe.wire, self.quantizer.recipe.settings
+        placed = {name: self._place(name) for name in self.files.names()}
+        specs: Specs = {}
+        others: list[str] = []
+        for source, targets in placed.items():
+            if targets is None:
+                others.append(source)
+                continue
+            for name, unit in targets:
+                made = self.results.unit(unit.name)
+                specs[name] = made.spec, made.shape
+        writer = ShardWriter(folder, wire.metadata(settings, specs, others), shard_bytes)
+        for source, targets in placed.items():
+            for name, tensor in self._tensors(source, targets):
+                writer.add(name, tensor)
+            advance(1)
+        files = writer.close()
+        self._write_config(folder)
+        write_side_files(folder, wire.side_files(settings, specs))
+        for file in files:  # written for the owner alone; whoever may read the config may read these
+            file.chmod((folder / "config.json").stat().st_mode)
+
+    def _parameter(self, source: str) -> str:
+        """What the model calls a tensor of the files."""
+        prefix = self.model.base_model_prefix
+        found: str = rename_source_key(
+            source, self._renamings, [], base_model_prefix=prefix, meta_state_dict=self._state
+        )[0]
+        return found
+
+    def _place(self, source: str) -> list[tuple[str, Unit]] | None:
+        """The units that take the place of a tensor, each with its name in files; None for a tensor that stays."""
+        parameter = self._parameter(source)
+        if unit := self._linear.get(parameter):
+            return [(source.removesuffix(".weight"), unit)]
+        if located := self._experts.locate(parameter.removesuffix(".weight")):
+            stack, number = located
+            single = self._by_name.get(f"{stack.module}.{number}.{stack.part}")
+            return None if single is None else [(source.removesuffix(".weight"), single)]
+        if whole := self._fused.get(parameter):
+            before = source.removesuffix(parameter.rpartition(".")[2])
+            return [(f"{before}{unit.expert}.{unit.part}", unit) for unit in whole]
+        return None
+
+    def _tensors(self, source: str, targets: list[tuple[str, Unit]] | None) -> Iterator[tuple[str, Tensor]]:
+        if targets is None:
+            changed = self.results.dense(self._parameter(source))
+            yield source, self.files.tensor(source) if changed is None else changed
+            return
+        recipe = self.quantizer.recipe
+        for name, unit in targets:
+            settings = recipe.settings_of(unit.name if unit.expert is None else name)
+            for suffix, tensor in recipe.wire.write(settings, self.results.unit(unit.name)).items():
+                yield f"{name}.{suffix}", tensor
+
+    def _write_config(self, folder: Path) -> None:
+        config = read_json(self.files.folder / "config.json")
+        config["quantization_config"] = self.quantizer.quantization_config.to_dict()
+        text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """``quantization_report.json``: what the run measured, for ``lowbit report``."""
+    write_side_files(folder, {"quantization_report.json": report})
