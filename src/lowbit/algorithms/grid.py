@@ -6,7 +6,6 @@ Whatever a spec stores is rounded to its dtype at once, so that an error that wa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +16,8 @@ from lowbit.algorithms.blockwise import table as named_table
 from lowbit.core import IntCode, QuantSpec, TableCode
 from lowbit.core.tables import E2M1, E2M3
 
-SHRINK: Final = tuple(1 - 0.025 * step for step in range(25))
+_SHRINK: Final = tuple(1 - 0.025 * step for step in range(1, 25))
+_POWERS: Final = (0.5, 2.0)  # of scales that are powers of two, which the range alone rounds either way
 _ENDS: Final = (0.7, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2)
 _REFITS: Final = 3
 _TABLES: Final = {"e2m1": E2M1, "e2m3": E2M3}
@@ -228,7 +228,7 @@ def by_range(grid: Grid, weight: Tensor) -> Choice:
     return grid.by_range(weight.amin(0).clamp(max=0), weight.amax(0).clamp(min=0))
 
 
-def search(grid: Grid, weight: Tensor, importance: Tensor, shrink: Sequence[float] = SHRINK) -> Choice:
+def search(grid: Grid, weight: Tensor, importance: Tensor) -> Choice:
     """The scales and zeros with the least weighted squared error that a grid search and least squares find.
 
     Both ends of the range shrink together; then, where there is a zero point, each by itself; then zero points move
@@ -238,13 +238,13 @@ def search(grid: Grid, weight: Tensor, importance: Tensor, shrink: Sequence[floa
         grid: what the group can become.
         weight: ``fp32 [n, rows]``.
         importance: ``fp32 [n]``, not negative.
-        shrink: factors of the range.
     """
     least, most = weight.amin(0).clamp(max=0), weight.amax(0).clamp(min=0)
     best = grid.by_range(least, most)
     error = squared_error(grid, weight, importance, best)
     low, high = least, most
-    ends = [(ratio, ratio) for ratio in shrink if ratio != 1.0]
+    ratios = _POWERS if grid.spec.scale.dtype == torch.float8_e8m0fnu else _SHRINK
+    ends = [(ratio, ratio) for ratio in ratios]
     alone = [] if grid.symmetric else [(ratio, 1.0) for ratio in _ENDS] + [(1.0, ratio) for ratio in _ENDS]
     for tried in (ends, alone):
         least, most = low, high
