@@ -11,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+from lowbit.calibration import data, records
 from lowbit.calibration.data import Calibration, DataConfig, check_ids, check_length, load_calibration
 from lowbit.calibration.named import NAMES
 from lowbit.calibration.records import STRETCHES, read_texts
@@ -63,9 +65,15 @@ def lines(records: list[Any]) -> str:
 
 def test_the_protocol_of_a_text_file(testbed: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(testbed / "base")
-    made = load_calibration(testbed / "calib.txt", tokenizer, DataConfig(128, 1024, seed=20240611))
-    ids = torch.tensor(plain_ids(tokenizer, (testbed / "calib.txt").read_bytes().decode()))
+    whole = (testbed / "calib.txt").read_bytes().decode()
+    ids = torch.tensor(plain_ids(tokenizer, whole))
     assert len(ids) == 477_120
+
+    def tokenized_before(text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        assert text == whole and not add_special_tokens
+        return {"input_ids": ids.tolist()}
+
+    made = load_calibration(testbed / "calib.txt", tokenized_before, DataConfig(128, 1024, seed=20240611))
     windows = ids[: 465 * 1024].view(465, 1024)
     order = torch.randperm(465, generator=torch.Generator().manual_seed(20240611))
     assert torch.equal(torch.stack(made.samples), windows[order[:128].sort().values])
@@ -105,8 +113,8 @@ def test_strings_are_samples_of_their_own(tokenizer: Any, sample: str) -> None:
     made = load_calibration(texts, tokenizer, DataConfig(4, 32))
     expected = [tokenizer(text, verbose=False)["input_ids"][:32] for text in texts if text]
     assert [ids.tolist() for ids in made.samples] == expected
-    assert made.notes[0] == "1 documents without tokens were left out"
-    assert made.notes[1].startswith("1 documents have more than 32 tokens")
+    assert made.notes[0] == "1 document without tokens left out"
+    assert made.notes[1].startswith("1 document of more than 32 tokens cut to the first")
 
 
 def test_strings_can_be_packed(tokenizer: Any) -> None:
@@ -197,8 +205,8 @@ def test_a_dataset_of_the_package(tokenizer: Any, sample: str) -> None:
     records = [{"text": part} for part in sample.split("\n")]
     wanted = load_calibration(records, tokenizer, DataConfig(8, 64)).fingerprint
     made = datasets.Dataset.from_list(records)
-    for data in (made, made.to_iterable_dataset()):
-        assert load_calibration(data, tokenizer, DataConfig(8, 64)).fingerprint == wanted
+    for source in (made, made.to_iterable_dataset()):
+        assert load_calibration(source, tokenizer, DataConfig(8, 64)).fingerprint == wanted
     with pytest.raises(PlanError, match="mapping with 'train'"):
         load_calibration(datasets.DatasetDict({"train": made}), tokenizer)
 
@@ -218,6 +226,12 @@ READY: dict[str, Any] = {
     "lists": [[5, 6, 7], [8, 9, 10]],
     "tensors [1, n]": [torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10]])],
     "records": [{"input_ids": [5, 6, 7]}, {"input_ids": torch.tensor([[8, 9, 10]])}],
+    "an array": np.array([[5, 6, 7], [8, 9, 10]]),
+    "a padded batch": {
+        "input_ids": torch.tensor([[0, 5, 6, 7], [8, 9, 10, 0]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]),
+    },
+    "a batch of lists": {"input_ids": [[5, 6, 7], [8, 9, 10]]},
     "padded records": [
         {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]},
         {"input_ids": torch.tensor([[8, 9, 10, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])},
@@ -232,6 +246,16 @@ def test_ready_ids(kind: str) -> None:
     assert all(ids.dtype == torch.int64 for ids in made.samples)
     assert made.notes == []
     assert made.fingerprint == load_calibration(READY["tensor"], None).fingerprint
+
+
+def test_what_a_tokenizer_returns(tokenizer: Any) -> None:
+    texts = ["The town lies on the river.", "A river."]
+    wanted = load_calibration(texts, tokenizer).fingerprint
+    assert load_calibration([tokenizer(text) for text in texts], tokenizer).fingerprint == wanted
+    assert load_calibration([tokenizer(text, return_tensors="pt") for text in texts], tokenizer).fingerprint == wanted
+    assert load_calibration(tokenizer(texts, padding=True, return_tensors="pt"), tokenizer).fingerprint == wanted
+    one = load_calibration(tokenizer(texts[1]), tokenizer)
+    assert [ids.tolist() for ids in one.samples] == [tokenizer(texts[1])["input_ids"]]
 
 
 def test_samples_don_t_hold_the_whole_text(tokenizer: Any, sample: str, write: Write) -> None:
@@ -279,6 +303,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a missing file": ("no/such/file.txt", "there is no file 'no/such/file.txt'"),
     "a text": ("Some text.\nAnd more of it.", "a text itself goes into a list"),
     "a folder": (Path(), "is a folder"),
+    "a device": ("/dev/null", "is no regular file"),
     "numbers": ([3, 4], "record 0 of the dataset is of type 'int'"),
     "mixed kinds": (["text", {"text": "text"}], "record 1 of the dataset is a record with a text, those before"),
     "no text": ([{"body": "x", "id": 3}], "has none of the fields .* it has 'body', 'id'; name the one"),
@@ -294,6 +319,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "ids that are no ids": ([["x"]], "record 0 of the dataset is not a list of token ids"),
     "huge ids": ([[2**70]], "record 0 of the dataset is not a list of token ids"),
     "another mask": ([{"input_ids": [1, 2], "attention_mask": [1]}], "2 token ids and an attention mask of 1"),
+    "masks of other rows": (
+        {"input_ids": [[1], [2]], "attention_mask": [[1]]},
+        "2 rows of token ids and 1 of attention",
+    ),
     "all masked": ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], "has no tokens"),
 }
 
@@ -360,6 +389,26 @@ def test_stretches_of_a_large_file(tmp_path: Path, line: str) -> None:
     file.write_bytes((line * 5000).encode() + b"\xff" * 40 + (line * 5000).encode())
     with pytest.raises(PlanError, match="is not UTF-8"):
         read_texts(file, most=file.stat().st_size - 1)
+
+
+def test_a_large_text_is_represented_and_said_to_be(
+    tokenizer: Any, sample: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "WHOLE_BYTES", 64 * 200)
+    made = load_calibration(write("large.txt", sample), tokenizer, DataConfig(4, 8))
+    assert made.notes == ["'large.txt' is large: 64 stretches of it are used, spread evenly"]
+    assert [len(ids) for ids in made.samples] == [8] * 4
+    whole = load_calibration(write("small.txt", sample[:9000]), tokenizer, DataConfig(4, 8))
+    assert whole.notes == []
+
+
+def test_records_without_an_end(tokenizer: Any, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_LONGEST_LINE", 100)
+    fits, too_long = json.dumps({"text": "x" * 50}), json.dumps({"text": "x" * 100})
+    with pytest.raises(PlanError, match="line 2 of '.*long.jsonl' has more than 100 bytes"):
+        load_calibration(write("long.jsonl", f"{fits}\n{too_long}\n"), tokenizer)
+    with pytest.raises(PlanError, match="one JSON array of more than 100 bytes; write one record per line"):
+        load_calibration(write("long.json", f"[{too_long}]"), tokenizer)
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:

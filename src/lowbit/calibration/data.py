@@ -164,8 +164,8 @@ def load_calibration(dataset: Any, tokenizer: Any, config: DataConfig | None = N
         dataset: a path to a UTF-8 text file or to a file of JSON records (.jsonl, .ndjson, .json); one of the names
             "wikitext2", "c4", "c4-new", "ptb", "ptb-new"; a list of strings; anything that yields strings or records
             (a ``Dataset`` or ``IterableDataset`` of the package ``datasets``), where a record has a text, messages or
-            ``input_ids`` with or without an ``attention_mask``; or ready ids, as lists or an integer tensor
-            ``[n, length]``. Ready ids are not cut to ``config.length``.
+            ``input_ids`` with or without an ``attention_mask``; or ready ids, as lists, as an integer tensor
+            ``[n, length]``, or as a tokenizer returns them. Ready ids are not cut to ``config.length``.
         tokenizer: the model's, of Transformers; None will do for ready ids.
         config: by default :class:`DataConfig`'s own values.
 
@@ -182,6 +182,8 @@ def load_calibration(dataset: Any, tokenizer: Any, config: DataConfig | None = N
         return loader.texts([named_text(dataset)], dataset)
     if isinstance(dataset, str | Path):
         return _from_file(loader, _existing(dataset))
+    if isinstance(dataset, Mapping) and "input_ids" in dataset:
+        return loader.entries(_tokenized(dataset), "tokenized texts")
     if isinstance(dataset, Mapping):
         held = ", ".join(f"'{key}'" for key in dataset)
         raise PlanError(f"the dataset is a mapping with {held}; give one split of it, or a list of records")
@@ -201,7 +203,7 @@ def _existing(dataset: str | Path) -> Path:
     if len(str(dataset)) > 4096 or "\n" in str(dataset) or not path.exists():
         raise PlanError(f"there is no file '{str(dataset)[:200]}'; {_EXPECTED} (a text itself goes into a list)")
     if not path.is_file():
-        raise PlanError(f"the dataset '{path}' is a folder; {_EXPECTED}")
+        raise PlanError(f"the dataset '{path}' is {'a folder' if path.is_dir() else 'no regular file'}; {_EXPECTED}")
     return path
 
 
@@ -210,6 +212,18 @@ def _rows(ids: Tensor) -> list[Tensor]:
         raise PlanError(f"ready ids have the shape {list(ids.shape)}; expected [n, length]")
     rows = ids.unsqueeze(0) if ids.dim() == 1 else ids
     return [token_ids(row, f"row {number}") for number, row in enumerate(rows)]
+
+
+def _tokenized(batch: Mapping[Any, Any]) -> list[dict[str, Any]]:
+    """The records of what a tokenizer made of one text or of several."""
+    ids, masks = batch["input_ids"], batch.get("attention_mask")
+    if not len(ids) or isinstance(ids[0], int) or (isinstance(ids, Tensor) and ids.dim() == 1):
+        return [{"input_ids": ids, "attention_mask": masks}]
+    if masks is None:
+        return [{"input_ids": row} for row in ids]
+    if len(masks) != len(ids):
+        raise PlanError(f"the dataset has {len(ids)} rows of token ids and {len(masks)} of attention masks")
+    return [{"input_ids": row, "attention_mask": mask} for row, mask in zip(ids, masks, strict=True)]
 
 
 def _from_file(loader: _Loader, path: Path) -> Calibration:
@@ -296,7 +310,7 @@ class _Loader:
         longer = sum(len(sample) > self.config.length for sample in samples)
         if longer:
             self.notes.append(
-                f"{longer} documents have more than {self.config.length} tokens; their first are used"
+                f"{_counted(longer, 'document')} of more than {self.config.length} tokens cut to the first"
                 " (packing=True uses all)"
             )
         return self._finish([sample[: self.config.length] for sample in samples], source)
@@ -367,7 +381,7 @@ class _Loader:
         if not kept:
             raise PlanError(f"the dataset ({source}) has no tokens: {len(samples)} samples, all empty; {_EXPECTED}")
         if len(kept) < len(samples):
-            self.notes.append(f"{len(samples) - len(kept)} documents without tokens were left out")
+            self.notes.append(f"{_counted(len(samples) - len(kept), 'document')} without tokens left out")
         return kept
 
     def _chosen(self, samples: list[Tensor]) -> list[Tensor]:
@@ -382,7 +396,7 @@ class _Loader:
             self.notes.append(f"{source} gives {len(samples)} of the {self.config.samples} samples that were asked for")
         lengths = sorted({len(sample) for sample in samples})
         of = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-        description = f"{len(samples)} samples of {of} tokens from {source}, seed {self.config.seed}"
+        description = f"{_counted(len(samples), 'sample')} of {of} tokens from {source}, seed {self.config.seed}"
         return Calibration([sample.clone() for sample in samples], description, self.notes)
 
 
@@ -398,3 +412,7 @@ def _batches_of(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
             batch, held = [], 0
     if batch:
         yield batch
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -80,7 +80,7 @@ def _kind(found: Document) -> str:
 def _document(entry: Any, where: str, field: str | None, chats: bool) -> Document:
     if isinstance(entry, str):
         return entry
-    if isinstance(entry, Tensor):
+    if isinstance(entry, Tensor) or hasattr(entry, "__array__"):
         return token_ids(entry, where)
     if isinstance(entry, Mapping):
         return _of_record(entry, where, field, chats)
