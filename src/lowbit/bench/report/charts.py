@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lowbit.bench.report.collect import Layer, Measured
+from lowbit.bench.report.contents import Layer, Measured
 from lowbit.bench.report.figures import FIGURES, Figure
 from lowbit.bench.report.markup import Child, Markup, bits, brief, join, number, shortened, tag
 from lowbit.bench.report.metrics import OUTLIER, STEPS, Metric, Scale, values
@@ -174,7 +174,7 @@ def heatmap_cells(heatmap: Heatmap, metric: Metric) -> Markup:
         for cell, step in zip(heatmap.cells, heatmap.steps(metric), strict=True)
     ]
     bottom = len(heatmap.rows) * _CELL_HEIGHT
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, 10**6) if step * width >= 22)
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, 10**6) if step * width >= 30)
     ticks = [
         _text((block + 0.5) * width, bottom + 15, str(block), "tick mid") for block in range(0, heatmap.columns, every)
     ]
@@ -206,13 +206,14 @@ def by_kind(layers: Sequence[Layer], metric: Metric) -> Markup:
             rows[layer.place.kind].append((value, layer))
     scale = Scale.over([value for found in rows.values() for value, _ in found], metric.logarithmic)
     height = 26
-    left = 14 + 6.4 * min(18, max(map(len, rows)))
+    labels = {kind: shortened(kind, 24) for kind in rows}
+    left = 16 + 6.6 * max(map(len, labels.values()))
     frame = Frame(left=left, bottom=12 + height * len(rows))
     marks: list[Markup] = []
     for number_of_row, (kind, found) in enumerate(rows.items()):
         middle = frame.top + (number_of_row + 0.5) * height
         median = statistics.median(value for value, _ in found)
-        marks.append(_text(left - 8, middle + 4, shortened(kind, 18), "end label"))
+        marks.append(_text(left - 8, middle + 4, labels[kind], "end label"))
         marks.append(_line(left, middle, frame.right, middle, "grid"))
         few = _spread(found)
         marks += [
@@ -220,7 +221,7 @@ def by_kind(layers: Sequence[Layer], metric: Metric) -> Markup:
             for value, layer in few
         ]
         place = frame.x(scale.position(median))
-        title = f"{kind}: median {metric.write(median)}"
+        title = f"{shortened(kind)}: median {metric.write(median)}"
         marks.append(
             tag(
                 "rect",

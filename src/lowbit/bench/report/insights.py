@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Final
 
-from lowbit.bench.report.collect import Layer, Report
-from lowbit.bench.report.markup import bits, number, percent, shortened, size
+from lowbit.bench.report.contents import Layer, Report
+from lowbit.bench.report.markup import bits, brief, number, percent, shortened, size
 from lowbit.bench.report.metrics import Metric, main_error, values
 
 _FAR: Final = 2.0  # times the median: what is that far from the others is worth a sentence
@@ -52,7 +52,7 @@ def _worst_layer(layers: tuple[Layer, ...], metric: Metric) -> Iterator[str]:
         )
     above = sum(value > _HIGH for value, _ in known)
     if above and above < len(known):
-        yield f"{above} of {len(known)} layers have a {metric.title.lower()} above {percent(_HIGH)}."
+        yield f"The {metric.title.lower()} of {above} of {len(known)} layers is above {brief(percent(_HIGH))}."
 
 
 def _worst_kind(layers: tuple[Layer, ...], metric: Metric) -> Iterator[str]:

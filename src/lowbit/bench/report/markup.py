@@ -68,7 +68,7 @@ def escape(text: str) -> str:
 
 def shortened(text: str, longest: int = _LONGEST) -> str:
     """A name that is too long, without its middle."""
-    half = longest // 2
+    half = (longest - 3) // 2
     text = _UNPRINTABLE.sub("\ufffd", text)
     return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from lowbit.bench.report.collect import Layer, Report
+from lowbit.bench.report.contents import Layer, Report
 from lowbit.bench.report.markup import bits, duration, number, percent
 from lowbit.bench.report.record import LayerRecord
 

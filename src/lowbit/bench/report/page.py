@@ -14,7 +14,7 @@ from typing import Any, Final
 import lowbit
 from lowbit.bench.report import charts
 from lowbit.bench.report.charts import Heatmap
-from lowbit.bench.report.collect import Layer, Measured, Report
+from lowbit.bench.report.contents import Layer, Measured, Report
 from lowbit.bench.report.figures import MEASURED_ON
 from lowbit.bench.report.insights import insights
 from lowbit.bench.report.markup import (
@@ -29,7 +29,7 @@ from lowbit.bench.report.markup import (
     size,
     tag,
 )
-from lowbit.bench.report.metrics import OUTLIER, Metric, Scale, columns, main_error, plotted, values
+from lowbit.bench.report.metrics import OUTLIER, WEIGHT, Metric, Scale, columns, main_error, plotted, values
 
 _ROWS: Final = 1500  # of the table; beyond these, the experts of a block share one
 _KEPT_ROWS: Final = 300
@@ -175,7 +175,7 @@ def _mean_bits(layers: Sequence[Layer]) -> float:
 def _where_the_bytes_are(report: Report) -> Markup:
     found: dict[str, float] = defaultdict(float)
     for layer in report.layers:
-        found[layer.place.kind if layer.place.block is not None else shortened(layer.name, 40)] += layer.stored_bytes
+        found[shortened(layer.place.kind if layer.place.block is not None else layer.name, 40)] += layer.stored_bytes
     for kept in report.kept:
         large = kept.stored_bytes > report.file_bytes / 20
         found[f"{shortened(kept.name.removesuffix('.weight'), 40)}, dense" if large else "other dense"] += (
@@ -352,7 +352,7 @@ def _table(report: Report, rows: Sequence[Row]) -> Markup:
         class_="tools",
         hidden=True,
     )
-    note = f"All are {next(iter(specs))}." if len(specs) == 1 else ""
+    note = f"All are {shortened(next(iter(specs)))}." if len(specs) == 1 else ""
     if len(rows) < len(report.layers):
         note += " The experts of a block share a row, with the mean of their figures."
     frame = tag("div", table, class_="scroll table", tabindex="0", role="region", aria_label="Table of the layers")
@@ -446,14 +446,14 @@ def _facts(title: str, entries: Sequence[tuple[str, str]]) -> Markup | None:
 
 def _flat(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Keys and values as text."""
-    return [(str(key).replace("_", " "), _plain(value)) for key, value in data.items() if value is not None]
+    return [(key.replace("_", " "), _plain(key, value)) for key, value in data.items() if value is not None]
 
 
-def _plain(value: Any) -> str:
+def _plain(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) and abs(value) < 1 << 63:
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        return f"{value:,}" if key == "tokens" else str(value)
     return value if isinstance(value, str) else shortened(json.dumps(value, ensure_ascii=False), 300)
 
 
@@ -465,10 +465,11 @@ def _definitions(report: Report) -> Markup:
         ("Size", "Bytes of the files that hold weights, in powers of ten"),
     ]
     lines = [join(tag("dt", title), tag("dd", f"{text}.")) for title, text in terms]
+    source = ""
     if report.reference and report.comparable:
         source = f"Weight errors were computed from the weights themselves, against {shortened(report.reference)}."
-    else:
-        source = "Weight errors, where there are any, are what the run has recorded."
+    elif values(WEIGHT, report.layers):
+        source = "Weight errors are what the run has recorded."
     text = tag("p", source + _whose_weights(report).replace("Taken", "Outliers and kurtosis are taken"))
     return _card("What the figures mean", tag("details", tag("summary", "Definitions"), tag("dl", *lines), text))
 

@@ -5,7 +5,6 @@ Every part is optional, since other tools and older versions may leave some out;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from lowbit.wire.store import read_json
 
 RECORD: Final = "quantization_report.json"
 VERSION: Final = 1
+_LARGEST: Final = 1e30  # sums of these stay finite
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not _is_sound(value):
-            raise self.wrong(key, value, "a finite number, not negative")
+            raise self.wrong(key, value, f"a number from 0 to {_LARGEST:g}")
         return float(value)
 
     def count(self, key: str) -> int | None:
@@ -202,8 +202,4 @@ def _is_count(value: object) -> bool:
 
 
 def _is_sound(value: float) -> bool:
-    """Whether it is a number of this world; an integer of a thousand digits is no float."""
-    try:
-        return math.isfinite(value) and value >= 0
-    except OverflowError:
-        return False
+    return 0 <= value <= _LARGEST  # which NaN is not either
