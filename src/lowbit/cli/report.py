@@ -114,5 +114,7 @@ def _print(report: Report, target: Path) -> None:
     ]
     if report.measured is not None:
         lines.append(("perplexity", f"{report.measured.perplexity:.4f}"))
+    if report.measured is not None and report.measured.kl is not None:
+        lines.append(("KL divergence", f"{report.measured.kl:.5f} nats per token"))
     for name, value in lines:
         console.stdout().print(f"{name:<18}{value}", markup=False, soft_wrap=True)
