@@ -66,6 +66,10 @@ MODELS: dict[str, tuple[str, Callable[[], t.PreTrainedModel]]] = {
     "starcoder2": ("model.layers.1", lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(**_GROUPED))),
     "cohere": ("model.layers.1", lambda: t.CohereForCausalLM(t.CohereConfig(**_GROUPED))),
     "olmo": ("model.layers.1", lambda: t.OlmoForCausalLM(t.OlmoConfig(**_GROUPED))),
+    "olmoe": (
+        "model.layers.1",
+        lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2)),
+    ),
     "olmo2": ("model.layers.1", lambda: t.Olmo2ForCausalLM(t.Olmo2Config(**_GROUPED))),
     "granite": ("model.layers.1", lambda: t.GraniteForCausalLM(t.GraniteConfig(**_GROUPED))),
     "gpt_neox": ("gpt_neox.layers.1", lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**_SIZES, intermediate_size=48))),
@@ -133,9 +137,14 @@ class Traced:
 
 def traced(kind: str) -> Traced:
     """A tiny model whose norms, biases and weights are all random, in fp32."""
-    torch.manual_seed(0)
     path, make = MODELS[kind]
-    model = make().eval()
+    torch.manual_seed(0)
+    return randomized(make(), path)
+
+
+def randomized(model: t.PreTrainedModel, path: str) -> Traced:
+    """A model with all its parameters drawn anew, and its block at `path`."""
+    model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and name.endswith("weight"):

@@ -74,7 +74,11 @@ def find_pairs(block: nn.Module, run: Callable[[], object]) -> list[Pair]:
     Raises:
         PlanError: the block can't be run twice with the same result (see :class:`lowbit.calibration.replay.Replay`).
     """
-    replay = Replay(block, run)
+    return pairs_of(Replay(block, run))
+
+
+def pairs_of(replay: Replay) -> list[Pair]:
+    """:func:`find_pairs` of a block that is copied already; the copy is left as it is."""
     calls = replay.record()
     known = matrices(replay.block)
     order = {name: position for position, name in enumerate(calls)}
@@ -160,7 +164,7 @@ def _norm_pairs(replay: Replay, calls: Mapping[str, Call], known: Mapping[str, M
             continue
         targets = consumers(calls[name].output, calls, known)
         width = norm.get_parameter("weight").numel()
-        targets += [other for other in _unseen_like(targets, calls, known) if known[other].weight.shape[1] == width]
+        targets += [other for other in unseen_like(targets, calls, known) if known[other].weight.shape[1] == width]
         offset = norm_offset(norm, calls[name])
         if not targets or offset is None or _might_read(width, targets, calls, known):
             continue
@@ -233,7 +237,7 @@ def _is_like_any(name: str, calls: Mapping[str, Call], known: Mapping[str, Matri
     return any(_pattern(other) == _pattern(name) for other, matrix in known.items() if matrix.module in calls)
 
 
-def _unseen_like(targets: list[str], calls: Mapping[str, Call], known: Mapping[str, Matrix]) -> list[str]:
+def unseen_like(targets: list[str], calls: Mapping[str, Call], known: Mapping[str, Matrix]) -> list[str]:
     """Matrices of experts that saw no token, where their siblings are targets."""
     patterns = {_pattern(target) for target in targets}
     return [name for name, matrix in known.items() if matrix.module not in calls and _pattern(name) in patterns]
@@ -280,7 +284,7 @@ def _unseen_pairs(pair: Pair, calls: Mapping[str, Call], known: Mapping[str, Mat
     """The same pair of experts that saw no token."""
     (target,) = pair.targets
     parent = pair.source.rpartition(".")[0]
-    for name in _unseen_like([target], calls, known):
+    for name in unseen_like([target], calls, known):
         source = f"{name.rpartition('.')[0]}.{pair.source.rpartition('.')[2]}"
         alike = source in known and known[source].weight.shape == known[pair.source].weight.shape
         if alike and target.rpartition(".")[0] == parent and known[name].weight.shape == known[target].weight.shape:

@@ -60,11 +60,16 @@ class Replay:
     @property
     def hidden(self) -> Tensor:
         """The first floating-point input, of three dimensions in decoders: ``fp32 [batch, tokens, hidden]``."""
-        named = {"": self._kwargs.get("hidden_states")}
-        leaves = [leaf for leaf in pytree.tree_leaves((self._args, named, self._kwargs)) if _is_floating(leaf)]
-        if not leaves:
+        found = self.floating_inputs()
+        if not found:
             raise PlanError(f"{type(self.block).__name__} was called without a floating-point input")
-        return leaves[0]
+        return found[0]
+
+    def floating_inputs(self) -> list[Tensor]:
+        """All of them, the hidden states first."""
+        named = self._kwargs.get("hidden_states")
+        leaves = pytree.tree_leaves((self._args, {"first": named}, self._kwargs))
+        return [leaf for leaf in leaves if _is_floating(leaf)]
 
     @torch.no_grad()
     def outputs(self, hidden: Tensor | None = None) -> list[Tensor]:
