@@ -83,16 +83,17 @@ class Grid:
             self.values, self._order = torch.sort(self.table, stable=True)
             self._between = (self.values[1:] + self.values[:-1]) / 2
             self.low, self.high, self.middle = 0, len(self.table) - 1, 0.0
+            self.top = float(self.table.abs().max())
         elif isinstance(spec.code, IntCode):
             self.low, self.high = spec.code.low, spec.code.high
             self.middle = float(self.low + (1 << spec.bits - 1))
+            self.top = (1 << spec.bits - 1) - 0.5
 
     def by_range(self, least: Tensor, most: Tensor) -> Choice:
         """Scale and zero that spread a range ``least <= 0 <= most`` over the levels."""
         if self.symmetric:
             largest = torch.maximum(-least, most)
-            top = float(self.values.abs().max()) if self.values is not None else (1 << self.spec.bits - 1) - 0.5
-            return self.store(largest / top, self.middle)
+            return self.store(largest / self.top, self.middle)
         scale = self.stored_scale((most - least) / (self.high - self.low))
         step = scale * self.spec.scale.multiplier
         zero = least - self.low * step if self.kind == "additive" else self.low - least / step
