@@ -19,7 +19,9 @@ from lowbit.bench.report.metrics import OUTLIER, STEPS, Metric, Scale, values
 WIDTH: Final = 440  # of a plot in half the page's width; text is 11 units high
 _LABEL: Final = 27  # characters of a row's label
 _CELL_HEIGHT: Final = 24
-_HEAT_WIDTH: Final = 930
+_CELL_WIDTHS: Final = (11, 160)  # pixels, from and to
+_NARROW: Final = 250  # pixels that a telephone has for the cells
+_TICK_WIDTH: Final = 25
 _PAD: Final = 0.025  # of a plot, that no mark lies on its edge
 
 
@@ -159,39 +161,35 @@ def heatmap_labels(heatmap: Heatmap) -> Markup:
 
 
 def heatmap_cells(heatmap: Heatmap, metric: Metric) -> Markup:
-    """The cells, coloured by a metric."""
-    width = min(160.0, max(11.0, _HEAT_WIDTH / heatmap.columns))
+    """The cells, coloured by a metric; as wide as there is room, between what :func:`heatmap_style` allows."""
+    share = 100 / heatmap.columns
     rectangles = [
         tag(
             "rect",
             tag("title", f"{cell.name}: {cell.text(metric) or 'not known'}"),
-            x=_units(cell.column * width + 0.5),
-            y=cell.row * _CELL_HEIGHT + 1,
-            width=_units(width - 1),
-            height=_CELL_HEIGHT - 2,
+            x=f"{cell.column * share:.3f}%",
+            y=cell.row * _CELL_HEIGHT,
+            width=f"{share:.3f}%",
+            height=_CELL_HEIGHT,
             class_="h-" if step is None else f"h{step}",
         )
         for cell, step in zip(heatmap.cells, heatmap.steps(metric), strict=True)
     ]
     bottom = len(heatmap.rows) * _CELL_HEIGHT
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, 10**6) if step * width >= 30)
+    narrowest = max(_CELL_WIDTHS[0], _NARROW / heatmap.columns)
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000, 10**6) if step * narrowest >= _TICK_WIDTH)
     ticks = [
-        _text((block + 0.5) * width, bottom + 15, str(block), "tick mid") for block in range(0, heatmap.columns, every)
+        tag("text", str(block), x=f"{(block + 0.5) * share:.3f}%", y=bottom + 15, class_="tick mid")
+        for block in range(0, heatmap.columns, every)
     ]
     label = f"{metric.title} by block (columns) and kind of layer (rows); the table below has the same figures"
-    total, height = heatmap.columns * width, bottom + 22
-    return tag(
-        "svg",
-        *rectangles,
-        *ticks,
-        id="heat",
-        class_="heat",
-        viewBox=f"0 0 {_units(total)} {height}",
-        width=_units(total),
-        height=height,
-        role="img",
-        aria_label=label,
-    )
+    return tag("svg", rectangles, ticks, id="heat", class_="heat", height=bottom + 22, role="img", aria_label=label)
+
+
+def heatmap_style(heatmap: Heatmap) -> str:
+    """CSS that lets the map shrink to what can still be pointed at, and grow to what doesn't look empty."""
+    least, most = (heatmap.columns * width for width in _CELL_WIDTHS)
+    return f"@media screen {{ #heat {{ min-width: {least}px; max-width: {most}px; }} }}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots

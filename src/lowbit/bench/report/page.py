@@ -43,11 +43,11 @@ def render(report: Report) -> str:
     It loads nothing from anywhere, which its own content security policy enforces: the browser runs the one script and
     the one style sheet whose hashes it names. Whatever stands in the checkpoint is escaped.
     """
-    style, script = _asset("page.css"), _asset("page.js")
+    heatmap = Heatmap.of(report.layers)
+    style, script = _asset("page.css") + charts.heatmap_style(heatmap), _asset("page.js")
     title = f"{shortened(report.name)} · lowbit report"
     allowed = f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
-    heatmap = Heatmap.of(report.layers)
     rows = _table_rows(report.layers)
     head = tag(
         "head",
