@@ -29,7 +29,7 @@ _STEP: Final = 0.25
 _DIGIT_TOLERANCE: Final = 0.02
 _PROPORTIONAL: Final = 1e-3
 # Scaling both sides has to undo what scaling one side does, up to this part of it. Measured on 110 candidates of 30
-# architectures: true pairs leave at most 4e-7 (most nothing at all), false ones at least 0.85.
+# tiny models: true pairs leave at most 4e-7 (most nothing at all), false ones at least 0.85.
 _REMAINS: Final = 1e-3
 _FEW: Final = 24  # linear layers in a block of which all combinations are tried
 
