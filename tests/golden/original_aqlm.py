@@ -1,6 +1,6 @@
 """AQLM itself, in a process of its own: ``write FOLDER`` makes layers and models, ``read FOLDER`` reads lowbit's.
 
-Its codebooks are random here: how they are learned is no part of the format.
+Its codebooks are random here: how they are learned is no part of the format, and no part of this library.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def write_model(folder: Path, variant: tuple[int, ...]) -> None:
 
 def read(folder: Path) -> None:
     """Load every model there with stock Transformers and AQLM; leave what its weights are."""
-    for name in MODELS:
+    for name in filter(lambda name: (folder / name).is_dir(), MODELS):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float16)
         layers = {key: module for key, module in model.named_modules() if isinstance(module, QuantizedLinear)}
         save_file({key: dense(layer) for key, layer in layers.items()}, folder / name / "read.st")

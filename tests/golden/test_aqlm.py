@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import apart
 import lowbit
-from lowbit.core import VectorCode
+from lowbit.algorithms.aqlm import AdditiveQuantization
+from lowbit.core import Scale, VectorCode
 from lowbit.nn import QuantLinear
 from lowbit.wire import open_checkpoint
 from lowbit.wire.aqlm import AqlmSettings, AqlmWire
@@ -98,3 +101,40 @@ def test_the_original_reads_layers_that_lowbit_wrote(written: Path, read_back: P
     stored, read = load_file(written / "layers.safetensors"), load_file(read_back / "layers_read.safetensors")
     assert len(read) == len(VARIANTS) * len(DTYPES)
     assert all(torch.equal(weight, stored[f"{key}.dense"]) for key, weight in read.items())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers and a model whose codebooks lowbit has learned, read by the original and by stock Transformers with it."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    method, tensors = AdditiveQuantization(beam=2, epochs=1, iterations=2), {}
+    for name, settings in VARIANTS.items():
+        for dtype in DTYPES:
+            spec = replace(WIRE.spec(settings), scale=Scale(DTYPES[dtype]), dtype=DTYPES[dtype])
+            layer = method.quantize(torch.randn(32, 128), spec)
+            tensors |= {f"{name}.{dtype}.{part}": value for part, value in WIRE.write(settings, layer).items()}
+    save_file(tensors, folder / "layers.safetensors")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 128}
+    LlamaForCausalLM(LlamaConfig(intermediate_size=128, **sizes)).half().save_pretrained(folder / "dense")
+    config = lowbit.AqlmConfig(num_codebooks=2, nbits_per_codebook=8, epochs=1)
+    with pytest.warns(UserWarning, match="AQLM without calibration data"):
+        model = lowbit.AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=config)
+    model.save_pretrained(folder / "2x8")
+    apart.run("original_aqlm.py", "read", folder)
+    return folder
+
+
+def test_the_original_reads_layers_whose_codebooks_lowbit_has_learned(made: Path) -> None:
+    stored, read = load_file(made / "layers.safetensors"), load_file(made / "layers_read.safetensors")
+    assert len(read) == len(VARIANTS) * len(DTYPES)
+    for name, settings in VARIANTS.items():
+        for dtype in DTYPES:
+            layer = WIRE.read(settings, {part: stored[f"{name}.{dtype}.{part}"] for part in WIRE.suffixes})
+            assert torch.equal(read[f"{name}.{dtype}"], layer.dequantize(DTYPES[dtype]))
+
+
+def test_stock_transformers_reads_a_model_whose_codebooks_lowbit_has_learned(made: Path) -> None:
+    read, weights = load_file(made / "2x8" / "read.st"), open_checkpoint(made / "2x8").weights
+    assert set(read) == set(weights) and len(read) == 14
+    assert all(torch.equal(read[name], weight.dequantize(torch.float16)) for name, weight in weights.items())

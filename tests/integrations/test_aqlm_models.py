@@ -1,4 +1,4 @@
-"""AQLM models through the Auto classes: loaded, run, trained through, saved; never made."""
+"""AQLM models through the Auto classes: loaded, made, run, trained through, saved."""
 
 from __future__ import annotations
 
@@ -124,9 +124,37 @@ def test_plain_transformers_loads_it_when_registered(source: Path) -> None:
     assert torch.equal(tiny.logits(model, "llama"), wanted)
 
 
-def test_it_is_not_made_on_the_fly(dense: Path) -> None:
-    with pytest.raises(PlanError, match="codebooks are learned from data"):
-        lowbit.AutoModelForCausalLM.from_pretrained(dense, quantization_config=lowbit.AqlmConfig())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_it_is_made_on_the_fly_and_reloads_to_the_bit(dense: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    config = lowbit.AqlmConfig(num_codebooks=2, nbits_per_codebook=5, epochs=1, beam=2, seed=7)
+    with pytest.warns(UserWarning, match="AQLM without calibration data"):
+        model = lowbit.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=dtype)
+    stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert len(layers) == 14 and {layer.spec.scale.dtype for layer in layers.values()} == {stored}
+    weights, total = load_file(dense / "model.safetensors"), 0.0
+    for name, layer in layers.items():
+        wanted = weights[f"{name}.weight"].float()
+        total += float((layer.quant_tensor().dequantize() - wanted).square().sum() / wanted.square().sum())
+    assert total / 14 < 0.25
+    before = tiny.logits(model, "llama")
+    model.save_pretrained(tmp_path / "made")
+    described = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]
+    assert {"lm_head", "lm_head.weight"} <= set(described["linear_weights_not_to_quantize"])
+    assert not {"beam", "epochs", "seed"} & set(described)
+    again = lowbit.AutoModelForCausalLM.from_pretrained(tmp_path / "made", dtype=dtype)
+    assert torch.equal(tiny.logits(again, "llama"), before)
+    for name, layer in layers.items():
+        assert again.get_submodule(name).quant_tensor().equal(layer.quant_tensor())
+
+
+def test_layers_that_tiles_do_not_divide_stay_dense(dense: Path) -> None:
+    config = lowbit.AqlmConfig(in_group_size=128, num_codebooks=1, nbits_per_codebook=4, epochs=0)
+    with pytest.warns(UserWarning, match="AQLM without calibration data"):
+        model = lowbit.AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    layers = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    assert layers == [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    assert "model.layers.0.mlp.up_proj" in model.config.quantization_config.linear_weights_not_to_quantize
 
 
 def test_wrong_arguments() -> None:
@@ -137,6 +165,8 @@ def test_wrong_arguments() -> None:
         with pytest.raises(ValueError, match="list of strings"):
             lowbit.AqlmConfig(linear_weights_not_to_quantize=names)
     assert lowbit.AqlmConfig().to_dict() == transformers.AqlmConfig().to_dict()
+    with pytest.raises(PlanError, match="beam is 0"):
+        lowbit.AqlmConfig(beam=0)
 
 
 def test_a_config_that_contradicts_the_file_is_refused(source: Path) -> None:

@@ -32,8 +32,12 @@ def residual_kmeans(
     generator = torch.Generator().manual_seed(seed)
     left, books, codes = points, [], []
     for _ in range(codebooks):
-        book = _kmeans(left, weights, size, iterations, generator)
-        code = nearest(left, book)
+        if len(left) <= size:
+            book = torch.cat([left, left.new_zeros(size - len(left), left.shape[1])])
+            code = torch.arange(len(left), device=left.device)
+        else:
+            book = _kmeans(left, weights, size, iterations, generator)
+            code = nearest(left, book)
         left = left - book[code]
         books.append(book)
         codes.append(code)
@@ -41,8 +45,6 @@ def residual_kmeans(
 
 
 def _kmeans(points: Tensor, weights: Tensor, size: int, iterations: int, generator: torch.Generator) -> Tensor:
-    if len(points) <= size:
-        return torch.cat([points, points.new_zeros(size - len(points), points.shape[1])])
     most = max(_LEAST_POINTS, _POINTS_PER_VECTOR * size)
     order = torch.randperm(len(points), generator=generator).to(points.device)[:most]
     points, weights = points[order], weights[order]

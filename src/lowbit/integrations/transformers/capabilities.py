@@ -107,8 +107,9 @@ def _configs(method: str) -> Iterator[dict[str, Any]]:
     elif method == "gguf":
         yield from ({"type": kind} for kind in _GGUF)
     elif method == "aqlm":
-        yield from ({"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": size} for size in (8, 16))
-        yield from ({"num_codebooks": count, "nbits_per_codebook": 8} for count in (1, 2, 4))
+        quick = {"beam": 1, "epochs": 0}  # what can be held doesn't depend on how well it was made
+        yield from ({"num_codebooks": 1, "nbits_per_codebook": 16, "in_group_size": size} | quick for size in (8, 16))
+        yield from ({"num_codebooks": count, "nbits_per_codebook": 8} | quick for count in (1, 2, 4))
     else:
         yield {}
 
