@@ -22,7 +22,7 @@ COLUMNS = ("gptq", "awq", "hqq", "quanto", "torchao", "compressed-tensors", "eet
 
 
 def can_be_made(spec: QuantSpec) -> bool:
-    """Whether there is a quantizer: not for the codebooks of AQLM, IQ3_S and the like."""
+    """Whether there is a quantizer: not for codebooks such as those of AQLM."""
     try:
         find_algorithm(spec)
     except PlanError:
