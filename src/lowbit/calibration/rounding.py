@@ -15,7 +15,7 @@ from torch.nn import functional
 from lowbit.core import IntCode, QuantSpec, QuantTensor, pack, reference, unpack
 from lowbit.errors import PlanError
 
-_INSIDE = 0.499  # of half a step: the latent weight starts where it rounds to the given code
+_INSIDE = 0.4  # of half a step: the latent weight starts where it rounds to the given code
 
 
 def can_learn(spec: QuantSpec) -> bool:
