@@ -186,6 +186,12 @@ def test_blocks_that_cannot_be_tried_are_refused() -> None:
         find_pairs(noisy, lambda: noisy(torch.randn(2, 8, 16)))
 
 
+def test_outputs_that_are_not_numbers_are_refused() -> None:
+    block = _Experts(torch.relu)
+    with pytest.raises(PlanError, match="NaN or infinite outputs"):
+        find_pairs(block, lambda: block(torch.full((2, 8, 16), torch.nan)))
+
+
 def test_every_matrix_of_a_block_has_a_name() -> None:
     known = matrices(traced("mixtral").block)
     assert known["mlp.experts.3.up_proj"].weight.shape == (48, 32)

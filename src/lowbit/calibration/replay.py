@@ -38,7 +38,7 @@ class Replay:
         base: what :meth:`outputs` gives while nothing has been changed.
 
     Raises:
-        PlanError: the block isn't called, has no data yet, or doesn't give the same twice.
+        PlanError: the block isn't called, has no data yet, gives NaN, or doesn't give the same twice.
     """
 
     def __init__(self, block: nn.Module, run: Callable[[], object]) -> None:
@@ -50,6 +50,8 @@ class Replay:
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()
         self.base = self.outputs()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.base):
+            raise PlanError(f"{type(block).__name__} gives NaN or infinite outputs; nothing can be compared with them")
         again = self.outputs()
         if len(again) != len(self.base) or not all(torch.equal(*pair) for pair in zip(self.base, again, strict=True)):
             raise PlanError(
