@@ -154,6 +154,26 @@ def test_a_singular_hessian_and_columns_without_inputs_are_damped() -> None:
         assert output_error(dense, made.dequantize(), statistics) < 0.5 * output_error(dense, searched, statistics)
 
 
+def test_correction_undoes_the_error_of_earlier_layers() -> None:
+    """Against the outputs of the dense model, given inputs that are not its own."""
+    dense, theirs = weight(12), torch.randn(2048, 512) @ torch.randn(512, 512) / 16
+    ours = theirs + 0.2 * theirs.roll(1, dims=1)
+    hessian, deviation = ours.t() @ ours / 2048, (theirs - ours).t() @ ours / 2048
+    statistics = Statistics(2048, hessian=hessian, deviation=deviation)
+    errors = [
+        float((made.dequantize() @ ours.t() - dense @ theirs.t()).square().sum())
+        for correction in (True, False)
+        for made in (ErrorFeedbackBlocks(correction=correction).calibrated(dense, GGML_SPECS["Q4_K"], statistics),)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    with pytest.raises(PlanError, match="needs the deviation"):
+        ErrorFeedbackBlocks(correction=True).calibrated(dense, GGML_SPECS["Q4_K"], Statistics(9, hessian=hessian))
+    wrong = Statistics(9, hessian=hessian, deviation=torch.eye(2))
+    with pytest.raises(PlanError, match=r"found \[2, 2\]"):
+        ErrorFeedbackBlocks(correction=True).calibrated(dense, GGML_SPECS["Q4_K"], wrong)
+    assert ErrorFeedbackBlocks(correction=True).needs == {"hessian", "deviation"}
+
+
 def test_what_feedback_can_t_work_with_is_refused() -> None:
     spec = GGML_SPECS["Q4_K"]
     with pytest.raises(PlanError, match="needs the Hessian"):
@@ -169,6 +189,8 @@ def test_what_feedback_can_t_work_with_is_refused() -> None:
     for arguments in ({"damp_percent": -1.0}, {"damp_percent": 2.0}, {"sweeps": -1}):
         with pytest.raises(PlanError, match="not negative"):
             ErrorFeedbackBlocks(**arguments)
+    with pytest.raises(PlanError, match="between 0 and 1"):
+        ErrorFeedbackBlocks(correction=True, correction_strength=2)
     assert not ErrorFeedbackBlocks().supports(GGML_SPECS["TQ1_0"])
 
 

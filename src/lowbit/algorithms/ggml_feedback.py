@@ -19,8 +19,9 @@ from lowbit.algorithms.factor import Factor, factorize, full_precision
 from lowbit.algorithms.ggml import GgmlBlocks, checked_importance, made_in_chunks, maker_for, rows_at_once
 from lowbit.algorithms.ggml_numbers import Factors, Numbers, numbers_for, search_fields
 from lowbit.algorithms.ggml_parts import SUPER, Parts, require_finite
+from lowbit.algorithms.gptq import corrected
 from lowbit.algorithms.report import LayerReport
-from lowbit.algorithms.statistics import HESSIAN, Statistics
+from lowbit.algorithms.statistics import DEVIATION, HESSIAN, Statistics
 from lowbit.core import BlockCode, QuantSpec, QuantTensor
 from lowbit.core.block_encoding import BlockFields
 from lowbit.core.ggml import ggml_type_of
@@ -42,18 +43,31 @@ class ErrorFeedbackBlocks(Algorithm):
         damp_percent: what the Hessian's diagonal is raised by, as a fraction of its mean.
         sweeps: how often everything is chosen again afterwards; each costs about as much as the first pass without its
             search of scales.
+        correction: whether the weight is first changed so as to undo the error of earlier layers (GPTAQ,
+            arXiv:2504.02692); this needs the deviation of the inputs.
+        correction_strength: 0 to 1, how much of that change is made.
     """
 
     name: ClassVar[str] = "ggml-feedback"
-    needs = frozenset({HESSIAN})
 
-    def __init__(self, damp_percent: float = 0.01, sweeps: int = 2) -> None:
+    def __init__(
+        self,
+        damp_percent: float = 0.01,
+        sweeps: int = 2,
+        *,
+        correction: bool = False,
+        correction_strength: float = 1.0,
+    ) -> None:
         if not 0 <= damp_percent <= 1 or sweeps < 0:
             raise PlanError(
                 f"damp_percent is a fraction of the mean diagonal, 0 to 1, and sweeps not negative; "
                 f"found {damp_percent!r} and {sweeps!r}"
             )
+        if not 0 <= correction_strength <= 1:
+            raise PlanError(f"correction_strength is between 0 and 1; found {correction_strength!r}")
         self.damp_percent, self.sweeps = damp_percent, sweeps
+        self.correction, self.correction_strength = correction, correction_strength
+        self.needs = frozenset({HESSIAN, DEVIATION} if correction else {HESSIAN})
 
     def supports(self, spec: QuantSpec) -> bool:
         return ggml_type_of(spec) in _TYPES
@@ -84,19 +98,30 @@ class ErrorFeedbackBlocks(Algorithm):
         require_finite(name, weight)
         dense = weight.float()
         hessian = _hessian(statistics, weight)
-        factor = None if hessian is None else factorize(_regular(hessian), self.damp_percent)
+        factor = None if hessian is None else factorize(_damped(hessian, 0.0), self.damp_percent)
         if hessian is None or factor is None or not factor.usable:
             note = "no Hessian to go by: only scales were searched"
-            made = GgmlBlocks().calibrated(weight, spec, _known(statistics, hessian, weight))
+            made = GgmlBlocks().calibrated(weight, spec, _diagonal(statistics, hessian, weight))
             return made, _report(dense, made, hessian, factor, (note,))
         with torch.no_grad(), full_precision():
+            target = self._target(dense, statistics, factor)
             numbers = numbers_for(name, spec, (weight.shape[0], weight.shape[1]), weight.device)
-            _first_pass(name, spec, dense, factor.upper, hessian.diagonal(), numbers)
+            _first_pass(name, spec, target, factor.upper, hessian.diagonal(), numbers)
             damped = _damped(hessian, factor.damp)
             for _ in range(self.sweeps):
-                _sweep(numbers, dense.t(), damped)
+                _sweep(numbers, target.t(), damped)
         made = _stored(name, spec, numbers, (weight.shape[0], weight.shape[1]))
-        return made, _report(dense, made, hessian, factor, ())
+        return made, _report(target, made, hessian, factor, ())
+
+    def _target(self, dense: Tensor, statistics: Statistics, factor: Factor) -> Tensor:
+        if not self.correction:
+            return dense
+        if statistics.deviation is None:
+            raise PlanError("correction needs the deviation of a layer's inputs from those of the dense model")
+        deviation, size = statistics.deviation.to(dense.device, torch.float32), dense.shape[1]
+        if tuple(deviation.shape) != (size, size) or not bool(torch.isfinite(deviation).all()):
+            raise PlanError(f"the deviation is finite and [{size}, {size}]; found {list(deviation.shape)}")
+        return corrected(dense, deviation, torch.arange(size, device=dense.device), factor, self.correction_strength)
 
 
 def _hessian(statistics: Statistics, weight: Tensor) -> Tensor | None:
@@ -111,16 +136,13 @@ def _hessian(statistics: Statistics, weight: Tensor) -> Tensor | None:
     return hessian if statistics.tokens > 0 and bool(hessian.diagonal().any()) else None
 
 
-def _known(statistics: Statistics, hessian: Tensor | None, weight: Tensor) -> Statistics:
+def _diagonal(statistics: Statistics, hessian: Tensor | None, weight: Tensor) -> Statistics:
     squares = torch.ones(weight.shape[1], device=weight.device) if hessian is None else hessian.diagonal().clamp(min=0)
     return Statistics(statistics.tokens, squares=squares)
 
 
-def _regular(hessian: Tensor) -> Tensor:
-    return _damped(hessian, 0.0)
-
-
 def _damped(hessian: Tensor, damp: float) -> Tensor:
+    """With a little more on the diagonal, even if no damping is asked for: columns without inputs have none there."""
     damped = hessian.clone()
     damped.diagonal().add_(max(damp, _LEAST_CURVATURE) * hessian.diagonal().mean())
     return damped
@@ -147,14 +169,20 @@ def _scales(name: str, spec: QuantSpec, rows: Tensor, importance: Tensor) -> Par
 def _block(numbers: Numbers, start: int, weight: Tensor, upper: Tensor) -> Tensor:
     """Work off a block's columns, ``[columns, rows]``, which are corrected in place; the errors to be passed on."""
     unit, errors = numbers.unit, torch.empty_like(weight)
+    inverses = torch.linalg.inv(_diagonal_blocks(upper, unit))
+    metrics = inverses @ inverses.transpose(1, 2)
     for column in range(0, len(weight), unit):
         part = slice(column, column + unit)
-        own = upper[part, part]
-        inverse = torch.linalg.solve_triangular(own, torch.eye(unit, device=own.device), upper=True)
-        value = numbers.choose(start + column, weight[part], inverse @ inverse.t())
-        errors[part] = inverse.t() @ (weight[part] - value)
+        value = numbers.choose(start + column, weight[part], metrics[column // unit])
+        errors[part] = inverses[column // unit].t() @ (weight[part] - value)
         weight[column + unit :].addmm_(upper[part, column + unit :].t(), errors[part], alpha=-1)
     return errors
+
+
+def _diagonal_blocks(matrix: Tensor, unit: int) -> Tensor:
+    """``[n, n] -> [n / unit, unit, unit]``."""
+    count = len(matrix) // unit
+    return matrix.reshape(count, unit, count, unit).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _sweep(numbers: Numbers, target: Tensor, hessian: Tensor) -> None:
@@ -190,6 +218,7 @@ class _Block:
     def __init__(self, numbers: Numbers, start: int, slope: Tensor, hessian: Tensor) -> None:
         self.numbers, self.start, self.slope, self.hessian = numbers, start, slope, hessian
         self.change = torch.zeros_like(slope)
+        self._inverses = torch.linalg.inv(_diagonal_blocks(hessian, numbers.unit))
 
     def run(self) -> None:
         size, columns = self.numbers.scales.size, len(self.slope)
@@ -218,7 +247,7 @@ class _Block:
         before = numbers.levels[at : at + unit] * numbers.scales.of(group)
         if numbers.zeros is not None:
             before = before + numbers.zeros.of(group)
-        wanted = before + torch.linalg.solve(own, self.slope[part])
+        wanted = before + self._inverses[column // unit] @ self.slope[part]
         self._apply(column, numbers.choose(at, wanted, own) - before)
 
     def _gains(self, first: int, change: Tensor) -> Tensor:
