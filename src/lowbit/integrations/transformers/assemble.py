@@ -58,8 +58,9 @@ class Results:
         return None if number is None else self._in_memory(number).dense[name]
 
     @property
-    def units(self) -> list[str]:
-        return list(self._block_of)
+    def dense_names(self) -> list[str]:
+        """The names of all changed parameters."""
+        return list(self._dense_of)
 
 
 class Assembly:

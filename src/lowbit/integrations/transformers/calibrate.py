@@ -1,4 +1,4 @@
-"""A dense checkpoint, calibration data and a quantization config in, a quantized checkpoint out; streamed throughout."""
+"""A dense checkpoint, calibration data and a quantization config in, a quantized checkpoint out; all streamed."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ class Calibrated:
         prepare_needs: see :class:`RunConfig`.
         batch_tokens: how many tokens go through a block at once.
         seconds: for `distill`, the time that may be spent; fewer epochs are done where more would take longer.
+        rotate: whether the residual stream and the heads are rotated first, merged into the weights.
+        seed: of the rotation.
         settings: JSON data that tells this method's results from those of others.
     """
 
@@ -63,6 +65,8 @@ class Calibrated:
     prepare_needs: frozenset[str] = frozenset()
     batch_tokens: int = _BATCH_TOKENS
     seconds: float | None = None
+    rotate: bool = False
+    seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging import version
@@ -30,6 +30,7 @@ from lowbit.integrations.transformers.gguf.loading import check_positions, check
 from lowbit.integrations.transformers.inventory import Inventory
 from lowbit.integrations.transformers.loading import QuantizeDense, read_converters
 from lowbit.integrations.transformers.methods import make_recipe, method_of
+from lowbit.integrations.transformers.outside import outside as _outside  # noqa: F401  # while nothing is patched
 from lowbit.integrations.transformers.saving import (
     dense_names_in_files,
     names_in_files,
@@ -44,6 +45,9 @@ from lowbit.nn.planning import default_keep
 from lowbit.nn.swap import dense_linear
 from lowbit.wire import Wire
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, LazyTensor
+
+if TYPE_CHECKING:
+    from lowbit.integrations.transformers.on_load import CalibratedOnLoad
 
 TESTED = ("5.17", "6")
 
@@ -71,6 +75,7 @@ class LowbitQuantizer(HfQuantizer):
         self._kept: dict[str, Tensor] = {}
         self.stacks: dict[str, StoredStack] = {}
         self._expert_names: ExpertNames | None = None
+        self.calibrated: CalibratedOnLoad | None = None
 
     # ---------------------------------------------------------------- before the weights
 
@@ -154,7 +159,19 @@ class LowbitQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._plan_packed(model, dtype or torch.get_default_dtype(), checkpoint_files)
         else:
+            self._calibrate(model, device_map, checkpoint_files)
             self._plan_dense(model, device_map, dtype or torch.get_default_dtype())
+
+    def _calibrate(self, model: Any, device_map: Any, checkpoint_files: list[str] | None) -> None:
+        """Quantize the checkpoint's weights with the config's data, before any is loaded."""
+        from lowbit.integrations.transformers.on_load import CalibratedOnLoad, wants_data
+
+        config = self.quantization_config
+        if not wants_data(config) or not checkpoint_files:
+            method_of(config).without_data(config)
+            return
+        self.calibrated = CalibratedOnLoad(config, Path(checkpoint_files[0]).parent, device_map)
+        self.recipe = replace(self.recipe, algorithms=self.calibrated.algorithm_of)
 
     def _plan_packed(self, model: Any, dtype: torch.dtype, checkpoint_files: list[str] | None) -> None:
         """Make a packed layer of every module whose weight is packed in the files; check that nothing is missing."""
@@ -254,6 +271,11 @@ class LowbitQuantizer(HfQuantizer):
             layer.select_kernel(self.recipe.kernel)
         if self.plan is None:
             self.plan = plan_of(model)
+        if self.calibrated is not None:
+            self.calibrated.apply_dense(model)
+            self.calibrated.close()
+            self.calibrated = None
+            self.recipe = replace(self.recipe, algorithms=None)
         if self.pre_quantized and getattr(self.quantization_config, "dequantize", False):
             return self._dequantize(model)
         self._describe_in_config()

@@ -85,7 +85,9 @@ class Method:
         names_defaults: whether a stored list of dense modules names also those that stay dense by default, since
             readers that find a list keep nothing else dense.
         known: further keys of stored configs that mean nothing to us, or that the wire reads.
-        prepare: called with the config before a model is quantized on the fly, to complete it or to warn.
+        prepare: called with the config before a model is quantized, to complete it.
+        without_data: called with the config before a model is quantized as it is loaded, to warn where calibration data
+            would have been better, or was given and is not used.
         default_dtype: what `from_pretrained` loads in when nothing is said, given whether the checkpoint is quantized.
     """
 
@@ -98,4 +100,5 @@ class Method:
     names_defaults: bool = False
     known: frozenset[str] = frozenset()
     prepare: Callable[[Any], None] = lambda config: None
+    without_data: Callable[[Any], None] = lambda config: None
     default_dtype: Callable[[bool], str | None] = lambda pre_quantized: None

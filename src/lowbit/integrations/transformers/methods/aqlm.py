@@ -78,7 +78,7 @@ def _choose(
     return replace(wire.spec(settings), scale=Scale(stored), dtype=stored)
 
 
-def prepare(config: Any) -> None:
+def without_data(config: Any) -> None:
     """Warn that codebooks which are learned while a model loads know nothing of the layers' inputs."""
     warnings.warn(
         "AQLM without calibration data: codebooks are learned from the weights alone, as if all inputs of a layer "
@@ -87,4 +87,4 @@ def prepare(config: Any) -> None:
     )
 
 
-METHOD = Method("aqlm", AqlmConfig, recipe, prepare=prepare, not_stored=frozenset(_MAKING))
+METHOD = Method("aqlm", AqlmConfig, recipe, without_data=without_data, not_stored=frozenset(_MAKING))

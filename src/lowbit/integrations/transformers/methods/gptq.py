@@ -157,15 +157,17 @@ def _suffixes(groups: Any) -> tuple[str, ...]:
 
 
 def prepare(config: Any) -> None:
-    """Name lowbit as the writer of a new GPTQ checkpoint: readers tell the dialect of its zero points by that.
-
-    Warns that a dataset was given, since calibration isn't there yet.
-    """
+    """Name lowbit as the writer of a new GPTQ checkpoint: readers tell the dialect of its zero points by that."""
     if getattr(config, "meta", None) is None:
         config.meta = {"quantizer": [f"lowbit:{_version('lowbit')}"]}
+
+
+def without_data(config: Any) -> None:
+    """Warn where a dataset was given and can't be used: the model isn't loaded from a folder by our Auto classes."""
     if getattr(config, "dataset", None) is not None:
         warnings.warn(
-            "calibrated GPTQ is not implemented yet: the weights are rounded to nearest and the dataset is not used",
+            "the weights are rounded to nearest and the dataset is not used: to calibrate, load the dense model from a "
+            "folder with lowbit.AutoModelForCausalLM.from_pretrained, or use `lowbit quantize --method gptq`",
             stacklevel=2,
         )
 
@@ -201,5 +203,6 @@ METHOD = Method(
         )
     ),
     prepare=prepare,
+    without_data=without_data,
     not_stored=frozenset({"backend", "max_input_length", "use_exllama", "tokenizer", "dataset", "meta"}),
 )
