@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.stacks import Stack
+from lowbit.errors import PlanError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _HIDDEN = "hidden_states"
+_LISTED = 4
+_REPEATED = "it can't be calibrated block by block"
 
 
 class _Stop(Exception):
@@ -39,6 +42,15 @@ class Captured:
     arguments: dict[tuple[int, int], Arguments] = field(default_factory=dict)
     keyword: bool = False
     extras: dict[int, tuple[Any, ...] | None] = field(default_factory=dict)
+
+    def on_cpu(self) -> tuple[dict[tuple[int, int], Arguments], bool]:
+        """:attr:`arguments` and :attr:`keyword`, as another process can take them; what is shared stays shared."""
+        known: dict[int, Tensor] = {}
+
+        def moved(value: Any) -> Any:
+            return _mapped(value, lambda tensor: known.setdefault(id(tensor), tensor.to("cpu")))
+
+        return {key: moved(entry) for key, entry in self.arguments.items()}, self.keyword
 
     def call(self, block: Callable[..., Any], number: int, batch: int, hidden: Tensor) -> Tensor:
         """Run a block on hidden states with the arguments that the model gave it."""
@@ -97,6 +109,11 @@ class Capture:
         self.captured = Captured()
         self.inputs: Tensor | None = None
         self._batch = 0
+        self._ran: list[int] = []
+        self._handed: Tensor | None = None  # what the block before gave
+        self._first: Arguments = ((), {})
+        self._extras: dict[int, Tensor] = {}
+        self._checked = False
         self._shared: dict[tuple[Any, ...], Tensor] = {}
         self._identical: dict[int, Tensor] = {}
         self._of_replayed: dict[int, tuple[Stack, Callable[[int], Tensor], Captured]] = {}
@@ -114,10 +131,11 @@ class Capture:
             for number, name in enumerate(self.stack.blocks):
                 self._put(replaced, name, _Recorder(self, number, self.model.get_submodule(name)))
             for batch, inputs in batches.items():
-                self._batch, self.inputs = batch, None
+                self._batch, self.inputs, self._ran = batch, None, []
                 self._identical.clear()
                 with contextlib.suppress(_Stop):
-                    self.model(**inputs, use_cache=False)
+                    self._forward(inputs)
+                self._check_all_ran()
                 if self.inputs is not None:
                     keep(batch, self.inputs)
         finally:
@@ -133,9 +151,12 @@ class Capture:
         """Called by a stand-in."""
         keyword = _HIDDEN in kwargs
         hidden: Tensor = kwargs[_HIDDEN] if keyword else args[0]
+        self._check_order(number, hidden)
         if number == 0:
             self.inputs, self.captured.keyword = hidden, keyword
             self._learn_extras(args, kwargs)
+        else:
+            self._check_extras(number, args, kwargs)
         others = {name: value for name, value in kwargs.items() if name != _HIDDEN}
         kept = self._kept(args if keyword else args[1:]), self._kept(others)
         self.captured.arguments[number, self._batch] = kept
@@ -154,18 +175,52 @@ class Capture:
         return hidden if extras is None else (hidden, *extras)
 
     def _learn_extras(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        out = self.run_first(args, kwargs)
-        self.captured.extras[self._batch] = tuple(out[1:]) if isinstance(out, tuple | list) else None
+        extras = _behind_hidden(self.run_first(args, kwargs))
+        self.captured.extras[self._batch] = extras
+        self._first, self._extras = (args, kwargs), {id(tensor): tensor for tensor in _tensors(extras)}
+
+    # --------------------------------------------------------------------------- what can't be done block by block
+
+    def _forward(self, inputs: dict[str, Any]) -> None:
+        try:
+            self.model(**inputs, use_cache=False)
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+            kind = type(self.model).__name__
+            raise PlanError(f"{kind} can't be calibrated on {' and '.join(inputs)} alone: {error}") from error
+
+    def _check_order(self, number: int, hidden: Tensor) -> None:
+        name, before = self.stack.blocks[number], self._handed
+        if self._ran and number <= self._ran[-1]:
+            raise PlanError(f"the model runs '{name}' behind '{self.stack.blocks[self._ran[-1]]}'; {_REPEATED}")
+        if self._ran and before is not hidden and not _same(before, hidden):
+            raise PlanError(f"the model changes what '{self.stack.blocks[self._ran[-1]]}' hands to '{name}'; {_REPEATED}")
+        self._ran.append(number)
+        self._handed = hidden
+
+    def _check_all_ran(self) -> None:
+        missing = [name for number, name in enumerate(self.stack.blocks) if number not in self._ran]
+        if missing:
+            listed = f"{', '.join(missing[:_LISTED])}{' ...' if len(missing) > _LISTED else ''}"
+            raise PlanError(f"the model doesn't run {listed} on the calibration data; skip what is in there")
+
+    def _check_extras(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What reaches later blocks beside the hidden states may come from the first block, but not depend on them."""
+        used = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._extras]
+        if not used or self._checked:
+            return
+        self._checked = True
+        args, kwargs = self._first
+        others = _mapped((args, kwargs), lambda tensor: tensor.flip(-1) if tensor is self.inputs else tensor)
+        again = dict(zip(self._extras, _tensors(_behind_hidden(self.run_first(*others))), strict=True))
+        if not all(_same(tensor, again[id(tensor)]) for tensor in used):
+            raise PlanError(
+                f"'{self.stack.blocks[number]}' is given more of what '{self.stack.blocks[0]}' computed than "
+                f"hidden states; {_REPEATED}"
+            )
 
     def _kept(self, value: Any) -> Any:
         """The arguments with every tensor that has been seen before, under any name, replaced by that one."""
-        if isinstance(value, Tensor):
-            return self._keep_tensor(value)
-        if isinstance(value, tuple | list):
-            return type(value)(self._kept(entry) for entry in value) if type(value) in (tuple, list) else value
-        if type(value) is dict:
-            return {name: self._kept(entry) for name, entry in value.items()}
-        return value
+        return _mapped(value, self._keep_tensor)
 
     def _keep_tensor(self, value: Tensor) -> Tensor:
         known = self._identical.get(id(value))
@@ -179,11 +234,33 @@ class Capture:
         return kept
 
 
+def _behind_hidden(out: Any) -> tuple[Any, ...] | None:
+    return tuple(out[1:]) if isinstance(out, tuple | list) else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return False
+    return bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
+
+
 def _on(value: Any, device: torch.device) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(device))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with every tensor changed."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_on(entry, device) for entry in value)
+        return type(value)(_mapped(entry, change) for entry in value)
     if type(value) is dict:
-        return {name: _on(entry, device) for name, entry in value.items()}
+        return {name: _mapped(entry, change) for name, entry in value.items()}
     return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors in arguments."""
+    found: list[Tensor] = []
+    _mapped(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found

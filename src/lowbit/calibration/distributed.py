@@ -48,6 +48,16 @@ def share(value: Any, source: int) -> Any:
     return holder[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """What each process has, in the order of the processes; plain data and tensors on the CPU."""
+    processes = world()[1]
+    if processes == 1:
+        return [value]
+    found: list[Any] = [None] * processes
+    dist.all_gather_object(found, value)
+    return found
+
+
 def share_tensor(value: Tensor | None, source: int, device: torch.device) -> Tensor | None:
     """A tensor, or None, from one process to all."""
     if world()[1] == 1:
@@ -66,7 +76,9 @@ def share_tensor(value: Tensor | None, source: int, device: torch.device) -> Ten
 
 
 def share_quantized(tensor: QuantTensor | None, source: int) -> QuantTensor:
-    """A quantized weight from one process to all, on the CPU."""
+    """A quantized weight from one process to all; on the CPU, where there are several."""
+    if tensor is not None and world()[1] == 1:
+        return tensor
     described = None if tensor is None else (tensor.spec.to_json(), dict(tensor.to("cpu").tensors), tensor.shape)
     spec, tensors, shape = share(described, source)
     return QuantTensor(QuantSpec.from_json(spec), tensors, shape)

@@ -1,7 +1,8 @@
 """Which inputs the units of a block see: a block runs, and whoever asked is shown them.
 
 Linear layers are watched by hooks. Experts that are parameters of three dimensions have no module each: products with
-a slice of such a parameter are noticed as they are computed, whatever the module's own code looks like.
+a slice of such a parameter are noticed as they are computed, whatever the module's own code looks like. So are products
+of a linear layer's weight with columns, which go past the layer's own forward.
 """
 
 from __future__ import annotations
@@ -54,12 +55,10 @@ class Watch:
         self._open = ExitStack()
 
     def __enter__(self) -> Watch:
-        for name, unit in self._linear.items():
-            module = self._block.get_submodule(name.removeprefix(self._prefix).removeprefix("."))
-            handle = module.register_forward_pre_hook(self._hook(unit), with_kwargs=True)
+        for unit in self._linear.values():
+            handle = self._module(unit).register_forward_pre_hook(self._hook(unit), with_kwargs=True)
             self._open.callback(handle.remove)
-        if self._experts:
-            self._open.enter_context(_Products(self._parameters(), self.see))
+        self._open.enter_context(_Products(self._parameters(), self._weights(), self._see_linear, self.see))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,30 +73,45 @@ class Watch:
     def _hook(self, unit: Unit) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del module
-            self.see(unit, args[0] if args else next(iter(kwargs.values())))
-            self._missing.discard(unit.module)
-            if self._stop and not self._missing:
-                raise Stopped
+            self._see_linear(unit, args[0] if args else next(iter(kwargs.values())))
 
         return hook
+
+    def _see_linear(self, unit: Unit, inputs: Tensor) -> None:
+        self.see(unit, inputs)
+        self._missing.discard(unit.module)
+        if self._stop and not self._missing:
+            raise Stopped
+
+    def _weights(self) -> dict[int, Unit]:
+        """By the address of a linear layer's weight: its unit."""
+        return {self._module(unit).weight.data_ptr(): unit for unit in self._linear.values()}
+
+    def _module(self, unit: Unit) -> Any:
+        return self._block.get_submodule(unit.module.removeprefix(self._prefix).removeprefix("."))
 
     def _parameters(self) -> dict[int, tuple[Tensor, dict[int, list[Unit]]]]:
         """By the address of a parameter's memory: itself, and the units of each expert in it."""
         found: dict[int, tuple[Tensor, dict[int, list[Unit]]]] = {}
         for unit in self._experts:
-            module = self._block.get_submodule(unit.module.removeprefix(self._prefix).removeprefix("."))
-            parameter: Tensor = getattr(module, unit.parameter)
+            parameter: Tensor = getattr(self._module(unit), unit.parameter)
             _, experts = found.setdefault(parameter.untyped_storage().data_ptr(), (parameter, {}))
             experts.setdefault(unit.expert or 0, []).append(unit)
         return found
 
 
 class _Products(TorchFunctionMode):
-    """Notices products with slices of watched parameters."""
+    """Notices products with slices of watched parameters, and of watched weights with columns."""
 
-    def __init__(self, parameters: dict[int, tuple[Tensor, dict[int, list[Unit]]]], see: See) -> None:
+    def __init__(
+        self,
+        parameters: dict[int, tuple[Tensor, dict[int, list[Unit]]]],
+        weights: dict[int, Unit],
+        see_linear: See,
+        see: See,
+    ) -> None:
         super().__init__()
-        self.parameters, self.see = parameters, see
+        self.parameters, self.weights, self.see_linear, self.see = parameters, weights, see_linear, see
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,6 +122,10 @@ class _Products(TorchFunctionMode):
         return out
 
     def _notice(self, inputs: Tensor, weight: Tensor) -> None:
+        unit = self.weights.get(inputs.data_ptr())
+        if unit is not None and inputs.dim() == 2 and inputs.shape == unit.shape and weight.dim() > 1:
+            self.see_linear(unit, weight.transpose(-1, -2))
+            return
         entry = self.parameters.get(weight.untyped_storage().data_ptr())
         if entry is None:
             return

@@ -20,7 +20,17 @@ from lowbit.algorithms.report import LayerReport
 from lowbit.algorithms.statistics import DEVIATION, HESSIAN, Statistics
 from lowbit.calibration.activations import Activations, choose_place
 from lowbit.calibration.capture import Capture, Captured
-from lowbit.calibration.distributed import LEAVES, leaf_of, owner_of, owns, share_quantized, world
+from lowbit.calibration.distributed import (
+    LEAVES,
+    gather,
+    leaf_of,
+    owner_of,
+    owns,
+    share,
+    share_quantized,
+    share_tensor,
+    world,
+)
 from lowbit.calibration.job import BlockResult, Job
 from lowbit.calibration.observe import Watch, execution_stages
 from lowbit.calibration.rounding import can_learn
@@ -98,6 +108,7 @@ class Runner:
         self.model, self.weights, self.units, self.config = model, weights, units, config
         self.job, self.device, self.tell = job, device, tell
         self.notes: list[str] = []
+        self.left_out: list[str] = []  # notes on this process's batches
         algorithms = [config.algorithm_of(unit.name) for unit in units]
         self.dense_stream = config.tune is not None or any(DEVIATION in one.needs for one in algorithms)
 
@@ -122,13 +133,15 @@ class Runner:
                     self._block(flow, number, position, name)
                     number += 1
                 earlier.append((stack, flow.hidden.get, flow.captured))
+        for notes in gather(self.left_out):
+            self.notes.extend(notes)
 
     def _block(self, flow: _Flow, number: int, position: int, name: str) -> None:
         started = time.perf_counter()
         block, units = self.model.get_submodule(name), units_below(self.units, name)
         load_block(block, name, self.weights, self.device, self.config.dtype)
         try:
-            result = self.job.load(number)
+            result = self._filed(number)
             dense = copy.deepcopy(block) if self.dense_stream else None
             if result is None:
                 work = _BlockWork(self, flow, position, name, block, dense, units)
@@ -142,7 +155,22 @@ class Runner:
                 flow.advance(block, dense, position)
         finally:
             unload_block(block)
+        self.notes.extend(result.report.get("notes", ()))
         self.tell(1, name)
+
+    def _filed(self, number: int) -> BlockResult | None:
+        """What an earlier run filed of a block; the first process says whether there is something."""
+        first = world()[0] == 0
+        result = self.job.load(number) if first else None
+        if not share(result is not None, 0):
+            return None
+        result = result if first else self.job.load(number)
+        if result is None:
+            raise PlanError(
+                f"block {number} of the job in '{self.job.folder}' can't be read by every process; "
+                "give a folder that all of them see"
+            )
+        return result
 
 
 class _Flow:
@@ -177,6 +205,19 @@ class _Flow:
             finally:
                 unload_block(first)
         self._require_some()
+        self.all_captured = self._captured_by_all()
+
+    def _captured_by_all(self) -> Captured:
+        """The arguments of all batches, in the first process, which learns from all of them."""
+        if world()[1] == 1 or self.runner.config.tune is None:
+            return self.captured
+        together = Captured()
+        for source in range(world()[1]):
+            arguments, keyword = share(self.captured.on_cpu() if world()[0] == source else None, source)
+            if world()[0] == 0 and arguments:
+                together.arguments |= arguments
+                together.keyword = keyword
+        return together
 
     def _choose_place(self, batches: Sequence[dict[str, Tensor]], mine: int) -> Any:
         config: Any = self.runner.model.config
@@ -193,7 +234,7 @@ class _Flow:
 
     def _keep(self, batch: int, hidden: Tensor) -> None:
         if not bool(torch.isfinite(hidden).all()):
-            self.runner.notes.append(
+            self.runner.left_out.append(
                 f"{len(hidden)} calibration sequences were left out: the model's embeddings of them are NaN or infinite"
             )
             return
@@ -202,8 +243,12 @@ class _Flow:
             self.dense.put(batch, hidden)
 
     def _require_some(self) -> None:
-        if not len(self.hidden) and world()[1] == 1:
+        if not any(gather(len(self.hidden))):
             raise PlanError("no calibration sequence is usable: all give NaN or infinite numbers in this model")
+
+    def first_owner(self) -> int:
+        """The process that has the first of all batches."""
+        return next(rank for rank, count in enumerate(gather(len(self.hidden))) if count)
 
     def leaves(self) -> Iterator[tuple[int, list[int]]]:
         """This process's runs of batches."""
@@ -214,7 +259,7 @@ class _Flow:
 
     def advance(self, block: nn.Module, dense: nn.Module | None, position: int) -> float | None:
         """Carry the activations through a block; returns the relative squared error behind it, where it is known."""
-        error = norm = 0.0
+        errors: dict[int, tuple[float, float]] = {}
         for batch in list(self.hidden):
             out = self.captured.call(block, position, batch, self.hidden.get(batch))
             if not bool(torch.isfinite(out).all()):
@@ -224,15 +269,19 @@ class _Flow:
             if dense is not None:
                 wanted = self.captured.call(dense, position, batch, self.dense.get(batch))
                 self.dense.put(batch, wanted)
-                error += float((out.float() - wanted.float()).square().sum())
-                norm += float(wanted.float().square().sum())
+                errors[batch] = (
+                    float((out.float() - wanted.float()).square().sum()),
+                    float(wanted.float().square().sum()),
+                )
         self._require_some()
+        found = [errors[batch] for errors in gather(errors) for batch in sorted(errors)]
+        error, norm = sum(entry[0] for entry in found), sum(entry[1] for entry in found)
         return error / norm if norm else None
 
     def _drop(self, batch: int, sequences: int) -> None:
         self.hidden.drop(batch)
         self.dense.drop(batch)
-        self.runner.notes.append(
+        self.runner.left_out.append(
             f"{sequences} calibration sequences were left out: a block gives NaN or infinite numbers"
         )
 
@@ -288,33 +337,39 @@ class _BlockWork:
         self.name, self.block, self.dense, self.units = name, block, dense, units
         self.result = BlockResult()
         self.reports: dict[str, dict[str, Any]] = {}
+        self.notes: list[str] = []
 
     def run(self) -> BlockResult:
         if self.units:
             stages = self._stages()
             if self.runner.config.prepare is not None:
                 self._prepare(stages)
-            for stage in stages if self.runner.config.true_sequential else [self.units]:
-                self._quantize(stage)
+            sequential = self.runner.config.true_sequential
+            for together in [[stage] for stage in stages] if sequential else [stages]:
+                self._quantize(together)
             if self.runner.config.tune is not None:
                 self._tune(self.runner.config.tune)
         self.result.dense |= self._changed()
-        self.result.report = {"layers": [self.reports[unit.name] for unit in self.units], "notes": []}
+        self.result.report = {"layers": [self.reports[unit.name] for unit in self.units], "notes": self.notes}
         return self.result
 
     def _call(self, block: Any, batch: int) -> Tensor:
         return self.flow.captured.call(block, self.position, batch, self.flow.hidden.get(batch))
 
     def _stages(self) -> list[list[Unit]]:
-        first = next(iter(self.flow.hidden), None)
-        if first is None:
-            return [self.units]
-        return execution_stages(self.block, self.name, self.units, lambda: self._call(self.block, first))
+        """Settled by the process that has the first batch: other batches may reach other experts."""
+        source = self.flow.first_owner()
+        names: list[list[str]] = []
+        if world()[0] == source:
+            first = next(iter(self.flow.hidden))
+            stages = execution_stages(self.block, self.name, self.units, lambda: self._call(self.block, first))
+            names = [[unit.name for unit in stage] for stage in stages]
+        by_name = {unit.name: unit for unit in self.units}
+        return [[by_name[name] for name in stage] for stage in share(names, source)]
 
     # ----------------------------------------------------------------------------------------------------- statistics
 
-    def _statistics(self, stage: list[Unit], needs: frozenset[str]) -> dict[Key, Statistics]:
-        groups = input_groups(stage)
+    def _statistics(self, groups: dict[Key, list[Unit]], needs: frozenset[str]) -> dict[Key, Statistics]:
         if not needs:
             return {key: Statistics() for key in groups}
         return combine(self._leaves(groups, needs), groups, needs, self.runner.device)
@@ -338,7 +393,8 @@ class _BlockWork:
                 watch.run(lambda: self.flow.captured.call(self.dense, self.position, batch, hidden))  # type: ignore[arg-type]
 
         def see(unit: Unit, rows: Tensor) -> None:
-            theirs = dense.get(unit.name)
+            # An expert's rows are other tokens in the dense model, whose router sees other numbers.
+            theirs = dense.get(unit.name) if unit.expert is None else None
             try:
                 leaf.add(first[unit.name], rows, theirs if theirs is not None and theirs.shape == rows.shape else None)
             except FloatingPointError as error:
@@ -350,23 +406,31 @@ class _BlockWork:
     # ------------------------------------------------------------------------------------------------------- quantize
 
     def _prepare(self, stages: list[list[Unit]]) -> None:
-        config = self.runner.config
-        statistics: dict[str, Statistics] = {}
-        for stage in stages:
-            found = self._statistics(stage, config.prepare_needs)
-            for key, units in input_groups(stage).items():
-                statistics |= {unit.name: found[key] for unit in units}
-        first = next(iter(self.flow.hidden))
-        if config.prepare is not None:
+        """Let the process that has the first batch change the block, and all others take it over."""
+        config, source = self.runner.config, self.flow.first_owner()
+        groups = input_groups(stages)
+        found = self._statistics(groups, config.prepare_needs)
+        statistics = {unit.name: found[key] for key, units in groups.items() for unit in units}
+        notes: list[str] = []
+        if config.prepare is not None and world()[0] == source:
+            first = next(iter(self.flow.hidden))
             notes = config.prepare(
                 self.block, self.name, self.units, statistics, lambda block: self._call(block, first)
             )
-            self.runner.notes.extend(notes)
+        self.notes.extend(share(notes, source))
+        if world()[1] > 1:
+            for parameter in self.block.parameters():
+                changed = share_tensor(parameter.data, source, self.runner.device)
+                if changed is not None:
+                    parameter.data.copy_(changed)
 
-    def _quantize(self, stage: list[Unit]) -> None:
-        needs = frozenset[str]().union(*(self.runner.config.algorithm_of(unit.name).needs for unit in stage))
-        groups = input_groups(stage)
-        statistics = self._statistics(stage, needs)
+    def _quantize(self, stages: list[list[Unit]]) -> None:
+        """Quantize units, all by what they see now."""
+        needs = frozenset[str]().union(
+            *(self.runner.config.algorithm_of(unit.name).needs for stage in stages for unit in stage)
+        )
+        groups = input_groups(stages)
+        statistics = self._statistics(groups, needs)
         widened = widen(statistics, {key: units[0].shape[1] for key, units in groups.items()})
         for number, (key, units) in enumerate(groups.items()):
             used, note = widened[key]
@@ -379,15 +443,16 @@ class _BlockWork:
         if world()[0] == source:
             made = solve(units, [self._weight(unit) for unit in units], statistics, self.runner.config.algorithm_of)
         for number, unit in enumerate(units):
-            tensor, report = made[number] if made else (None, None)
-            self._take(unit, share_quantized(tensor, source) if world()[1] > 1 else made[number][0])
-            if report is not None:
-                notes = [*report.notes, *([note] if note else [])]
-                seconds = (time.perf_counter() - started) / len(units)
-                self.reports[unit.name] = describe(unit, self.result.units[unit.name], report, notes, tokens, seconds)
-                self.runner.tell(0, f"{unit.name}: error {report.output_error:.2e}")
-            else:
-                self.reports.setdefault(unit.name, {"name": unit.name})
+            self._take(unit, share_quantized(made[number][0] if made else None, source))
+        seconds = (time.perf_counter() - started) / len(units)
+        extra = [note] if note else []
+        described = [
+            describe(unit, tensor, report, [*report.notes, *extra], tokens, seconds)
+            for unit, (tensor, report) in zip(units, made, strict=bool(made))
+        ]
+        for found in share(described, source):
+            self.reports[found["name"]] = found
+            self.runner.tell(0, f"{found['name']}: error {found['output_error']:.2e}")
 
     def _weight(self, unit: Unit) -> Tensor:
         return unit.weight(self._module(unit)).float()
@@ -402,33 +467,54 @@ class _BlockWork:
     def _tune(self, config: TuneConfig) -> None:
         """Learn in the first process; the block's target is what the dense model has behind it."""
         learnable = [unit for unit in self.units if can_learn(unit.spec)]
-        if not learnable or self.dense is None or world()[0] != 0:
+        if not learnable or self.dense is None:
             return
-        tuned_from = copy.deepcopy(self.dense)  # what isn't learned computes as it is quantized
-        for unit in self.units:
-            if unit not in learnable:
-                put_unit(self._module_of(tuned_from, unit), unit, self.result.units[unit.name])
-        student = Student(tuned_from, self.name, learnable, self.result.units, config)
-        batches = list(self.flow.hidden)
-        targets = {
-            batch: self.flow.captured.call(self.dense, self.position, batch, self.flow.dense.get(batch))
-            for batch in batches
-        }
-        with torch.enable_grad():
-            ratio = tune_block(
-                student,
-                lambda block, batch, hidden: self.flow.captured.call(block, self.position, batch, hidden),
-                self.flow.hidden.get,
-                targets.__getitem__,
-                batches,
-            )
-        units, norms = student.finish()
+        inputs, targets = self._everywhere(self.dense)
+        units: dict[str, QuantTensor] = {}
+        norms: dict[str, Tensor] = {}
+        ratio = 1.0
+        if world()[0] == 0:
+            student = self._student(self.dense, learnable, config)
+            with torch.enable_grad():
+                ratio = tune_block(student, self._call_any, inputs, targets.__getitem__, list(targets))
+            units, norms = student.finish()
+        ratio, norms = share((ratio, {name: value.to("cpu") for name, value in norms.items()}), 0)
         for unit in learnable:
-            self._take(unit, units[unit.name])
+            self._take(unit, share_quantized(units.get(unit.name), 0))
             self.reports[unit.name]["tuned"] = ratio
         for name, value in norms.items():
             own = self.block.get_parameter(name.removeprefix(f"{self.name}."))
             own.data.copy_(value)
+
+    def _call_any(self, block: Callable[..., Any], batch: int, hidden: Tensor) -> Tensor:
+        return self.flow.all_captured.call(block, self.position, batch, hidden)
+
+    def _student(self, dense: nn.Module, learnable: list[Unit], config: TuneConfig) -> Student:
+        module = copy.deepcopy(dense)  # what isn't learned computes as it is quantized
+        for unit in self.units:
+            if unit not in learnable:
+                put_unit(self._module_of(module, unit), unit, self.result.units[unit.name])
+        return Student(module, self.name, learnable, self.result.units, config)
+
+    def _everywhere(self, dense: nn.Module) -> tuple[Callable[[int], Tensor], dict[int, Tensor]]:
+        """The inputs of the block and what the dense model has behind it, by batch: of all batches in the first process,
+        of its own ones in each other.
+        """
+        targets = {
+            batch: self.flow.captured.call(dense, self.position, batch, self.flow.dense.get(batch))
+            for batch in self.flow.hidden
+        }
+        if world()[1] == 1:
+            return self.flow.hidden.get, targets
+        inputs: dict[int, Tensor] = {}
+        for source, batches in enumerate(gather(list(targets))):
+            for batch in batches:
+                mine = world()[0] == source
+                hidden = share_tensor(self.flow.hidden.get(batch) if mine else None, source, self.runner.device)
+                target = share_tensor(targets[batch] if mine else None, source, self.runner.device)
+                if world()[0] == 0 and hidden is not None and target is not None:
+                    inputs[batch], targets[batch] = hidden, target
+        return inputs.__getitem__, targets
 
     def _module_of(self, block: nn.Module, unit: Unit) -> nn.Module:
         return block.get_submodule(unit.module.removeprefix(self.name).removeprefix("."))

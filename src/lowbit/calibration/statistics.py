@@ -15,12 +15,17 @@ from lowbit.calibration.units import Unit
 Key = Hashable
 
 
-def input_groups(stage: Sequence[Unit]) -> dict[Key, list[Unit]]:
-    """The units of a stage by what they have in common: all linear layers, and of experts the parts of each."""
+def input_groups(stages: Sequence[Sequence[Unit]]) -> dict[Key, list[Unit]]:
+    """The units with the same inputs: all linear layers of a stage, and of experts the parts of each.
+
+    Linear layers that nothing is known of may differ in their numbers of inputs, and then are apart.
+    """
     groups: dict[Key, list[Unit]] = {}
-    for unit in stage:
-        key: Key = "linear" if unit.expert is None else (unit.module, unit.parameter, unit.expert)
-        groups.setdefault(key, []).append(unit)
+    for number, stage in enumerate(stages):
+        for unit in stage:
+            linear = f"linear {number} of {unit.shape[1]}"
+            key: Key = linear if unit.expert is None else (unit.module, unit.parameter, unit.expert)
+            groups.setdefault(key, []).append(unit)
     return groups
 
 
@@ -59,12 +64,14 @@ def combine(
             if found[0] >= number:
                 break
         leaf = mine.pop(number, None)
-        for key in groups:
-            collector = leaf.collectors.get(key) if leaf else None
-            tokens[key] += share(collector.tokens if collector else 0, source)
+        collectors = [leaf.collectors.get(key) if leaf else None for key in groups]
+        counts = share([collector.tokens if collector else 0 for collector in collectors], source)
+        for key, collector, count in zip(groups, collectors, counts, strict=True):
+            tokens[key] += count
             for name in sorted(needs):
                 value = collector.sums.get(name) if collector else None
-                sums[key, name].push(share_tensor(value, source, device))
+                # An expert without tokens has no sums; nothing needs to be said of them.
+                sums[key, name].push(share_tensor(value, source, device) if count else None)
     return {key: _mean(tokens[key], {name: sums[key, name].total() for name in sorted(needs)}) for key in groups}
 
 
