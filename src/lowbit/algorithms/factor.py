@@ -60,12 +60,18 @@ def factorize(hessian: Tensor, damp_percent: float) -> Factor:
 def _inverse_factor(hessian: Tensor, damp: float, dtype: torch.dtype) -> Tensor | None:
     reversed_ = hessian.flip(0, 1).to(dtype)
     reversed_.diagonal().add_(damp)
-    lower, failed = torch.linalg.cholesky_ex(reversed_)
+    factor, failed = torch.linalg.cholesky_ex(reversed_)
     if int(failed):
         return None
     del reversed_
-    identity = torch.eye(len(hessian), dtype=dtype, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
+    factor = factor.flip(0, 1)
+    # Of a wide layer each of these matrices takes gigabytes, so the solution takes the identity's place; it has to be
+    # column-major for that.
+    inverse = torch.eye(len(hessian), dtype=dtype, device=hessian.device).t()
+    torch.linalg.solve_triangular(factor, inverse, upper=True, out=inverse)
+    del factor
+    upper = inverse.float()
+    del inverse
     return upper if bool(torch.isfinite(upper).all()) else None
 
 

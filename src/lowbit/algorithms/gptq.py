@@ -216,8 +216,14 @@ class _Inputs:
             return Factor(torch.eye(size, device=order.device), 0.0, 0, usable=False)
         key = tuple(order.tolist())
         if key not in self.factors:
-            self.factors[key] = factorize(self.hessian[order][:, order], damp_percent)
+            self.factors[key] = factorize(_ordered(self.hessian, order), damp_percent)
         return self.factors[key]
+
+
+def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
+    """With its columns in another order; itself, not a copy, where that is the order it has."""
+    plain = torch.arange(len(order), device=order.device)
+    return hessian if torch.equal(order, plain) else hessian[order][:, order]
 
 
 def _solve(settings: Gptq, weights: list[Tensor], spec: QuantSpec, inputs: _Inputs) -> list[Result]:
@@ -276,7 +282,7 @@ class _Solver:
     def __init__(self, settings: Gptq, tools: _Tools, columns: ColumnOrder, factor: Factor, hessian: Tensor) -> None:
         self.settings, self.columns, self.factor = settings, columns, factor
         self.grid, self.loop, self.search = tools.grid, tools.loop, tools.search
-        self.hessian = hessian[columns.order][:, columns.order]
+        self.hessian = _ordered(hessian, columns.order)
         self.groups, self.members = columns.group[columns.order], columns.columns()
         if settings.scale_search != "diagonal" and factor.usable:
             self.importance = factor.upper.diagonal().square().reciprocal()
