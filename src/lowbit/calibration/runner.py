@@ -59,6 +59,8 @@ class RunConfig:
         algorithm_of: the algorithm of a unit, by its name.
         true_sequential: whether what runs later in a block is calibrated behind what is quantized already.
         tune: learn codes and scales of each block afterwards.
+        transform: changes every block as soon as it is loaded, the dense model being what comes out (rotations); called
+            with the block.
         prepare: may change a block before it is quantized without changing what it computes (AWQ's scales); is given
             the block, its name, its units, their statistics, and something that runs the block. Returns notes.
         prepare_needs: the statistics that `prepare` wants.
@@ -69,6 +71,7 @@ class RunConfig:
     algorithm_of: Callable[[str], Algorithm]
     true_sequential: bool = True
     tune: TuneConfig | None = None
+    transform: Callable[[nn.Module], None] | None = None
     prepare: Prepare | None = None
     prepare_needs: frozenset[str] = frozenset()
     dtype: torch.dtype | None = None
@@ -140,6 +143,8 @@ class Runner:
         started = time.perf_counter()
         block, units = self.model.get_submodule(name), units_below(self.units, name)
         load_block(block, name, self.weights, self.device, self.config.dtype)
+        if self.config.transform is not None:
+            self.config.transform(block)
         try:
             result = self._filed(number)
             dense = copy.deepcopy(block) if self.dense_stream else None

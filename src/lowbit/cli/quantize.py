@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli import console
+from lowbit.cli import calibrated, console
 from lowbit.cli.loading import DType, find_folder, load_model
 from lowbit.cli.replace import check_target, replaced
 from lowbit.cli.request import Format, Method, Request
@@ -16,20 +16,28 @@ from lowbit.errors import PlanError
 _SKIP_HELP = "Modules to keep dense: names, wildcards or regular expressions; may be repeated."
 
 
+_METHOD_HELP = (
+    "Of weights alone: nf4, fp4, int8, fp8, hqq, rtn (round-to-nearest). With --dataset: gptq, awq, autoround, "
+    "aqlm[:2x8], gguf:TYPE (as in gguf:Q4_K_M), best."
+)
+_DATASET_HELP = "To calibrate on: a text or JSONL file, or wikitext2, c4, c4-new, ptb."
+_CALIBRATION = "Calibration"
+
+
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a dense checkpoint.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    method: Annotated[Method, typer.Option(help="rtn is round-to-nearest.")],
-    bits: Annotated[int | None, typer.Option(help="For rtn and hqq: 4 by default.")] = None,
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; with gguf:TYPE also a .gguf file.")],
+    method: Annotated[str, typer.Option(help=_METHOD_HELP)],
+    bits: Annotated[int | None, typer.Option(help="4 by default; 2 codebooks for aqlm; best needs it.")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="For rtn: 128 by default, for hqq 64; -1 for whole rows.")
+        int | None, typer.Option(help="For integers: 128 by default, for hqq 64; -1 for whole rows.")
     ] = None,
     symmetric: Annotated[
-        bool | None, typer.Option("--symmetric/--asymmetric", help="For rtn: asymmetric by default.")
+        bool | None, typer.Option("--symmetric/--asymmetric", help="For integers: asymmetric by default.")
     ] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="nf4 and fp4: quantize the scales too.")] = False,
     form: Annotated[
-        Format | None,
+        str | None,
         typer.Option(
             "--format", help="By default gptq for rtn, hqq for hqq, fbgemm_fp8 for fp8, bitsandbytes for the others."
         ),
@@ -38,15 +46,109 @@ def command(
     dtype: Annotated[DType, typer.Option(help="Of what stays dense; auto: as in SRC.")] = DType.auto,
     device: Annotated[str | None, typer.Option(help="Where to quantize: cpu, cuda:0, ..., or auto.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in DST when done.")] = False,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="FILE", help=_DATASET_HELP, rich_help_panel=_CALIBRATION)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of the dataset.", rich_help_panel=_CALIBRATION)] = 128,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens of each; 2048 where the model takes them.", rich_help_panel=_CALIBRATION),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of sequences.", rich_help_panel=_CALIBRATION)] = 0,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="best: bits per weight, all that is stored counted.", rich_help_panel=_CALIBRATION),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="best: 90s, 10m, 2h.", rich_help_panel=_CALIBRATION)
+    ] = None,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act", help="gptq: columns by falling activation.", rich_help_panel=_CALIBRATION)
+    ] = False,
+    static_groups: Annotated[
+        bool, typer.Option("--static-groups", help="gptq: scales chosen first.", rich_help_panel=_CALIBRATION)
+    ] = False,
+    damp_percent: Annotated[
+        float, typer.Option(min=0, max=1, help="gptq: of the Hessian's mean diagonal.", rich_help_panel=_CALIBRATION)
+    ] = 0.01,
+    correction: Annotated[
+        bool,
+        typer.Option("--correction", help="gptq: undo earlier layers' errors (GPTAQ).", rich_help_panel=_CALIBRATION),
+    ] = False,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Rotate the model first, merged into the weights.", rich_help_panel=_CALIBRATION),
+    ] = False,
+    job: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="State of the run, kept; else beside DST until done.", rich_help_panel=_CALIBRATION
+        ),
+    ] = None,
 ) -> None:
-    """Quantize a model and save it, ready for Transformers and every other reader of the format."""
-    compute = None if dtype is DType.auto else dtype.value
-    config = Request(method, bits, group_size, symmetric, double_quant, form, tuple(skip or ()), compute).config()
+    """Quantize a model and save it, ready for Transformers and every other reader of the format.
+
+    With a dataset the model is streamed from the disk, block by block; a run that was stopped goes on with the same
+    command. `torchrun -m lowbit quantize ...` shares the work among several GPUs, with the same result.
+    """
+    name, variant = calibrated.parse_method(method)
     folder = find_folder(source)
+    if name in calibrated.NAMES:
+        if dataset is None:
+            raise PlanError(f"{name} needs calibration data: --dataset FILE")
+        from lowbit.integrations.transformers.calibrated_methods import Settings
+
+        settings = Settings(
+            symmetric=bool(symmetric),
+            damp_percent=damp_percent,
+            desc_act=desc_act,
+            static_groups=static_groups,
+            correction=correction,
+            rotate=rotate,
+            seed=seed,
+        )
+        request = calibrated.CalibratedRequest(
+            method=name,
+            settings=settings,
+            variant=variant,
+            bits=bits,
+            group_size=group_size,
+            form=_format(form),
+            skip=tuple(skip or ()),
+            target_bits=target_bits,
+            budget=None if budget is None else calibrated.parse_budget(budget),
+        )
+        request.check()
+        check_dense(folder)
+        check_patterns(folder, skip or [])
+        work = calibrated.Work(folder, target, dataset, samples, seq_len, seed, device, job, overwrite)
+        calibrated.run(request, work)
+        return
+    if dataset is not None:
+        raise PlanError(f"{name} needs no calibration data; leave --dataset out, or use gptq, awq, autoround or best")
+    compute = None if dtype is DType.auto else dtype.value
+    plain = Request(Method(name), bits, group_size, symmetric, double_quant, _format(form), tuple(skip or ()), compute)
+    _quantize_weights(plain, folder, target, dtype, device, overwrite)
+
+
+def _format(name: str | None) -> Format | None:
+    if name is None:
+        return None
+    try:
+        return Format(name)
+    except ValueError as error:
+        raise PlanError(f"--format is one of {', '.join(form.value for form in Format)}; found '{name}'") from error
+
+
+def _quantize_weights(
+    request: Request, folder: Path, target: Path, dtype: DType, device: str | None, overwrite: bool
+) -> None:
+    """Quantize by the weights alone: the model is loaded, and packed as it is."""
+    config = request.config()
     check_target(folder, target, overwrite)
     console.silence(bars=False)
     check_dense(folder)
-    check_patterns(folder, skip or [])
+    check_patterns(folder, list(request.skip))
     model = load_model(folder, dtype=dtype, device=device, quantization_config=config)
     console.print_plan(model.hf_quantizer.plan)
     with replaced(target) as partial:

@@ -27,8 +27,8 @@ Specs = dict[str, tuple[QuantSpec, tuple[int, int]]]
 class Results:
     """What a job has of each unit and each changed parameter, read when asked for."""
 
-    def __init__(self, job: Job, blocks: int, section: str) -> None:
-        self._job, self._section = job, section
+    def __init__(self, job: Job, blocks: int, section: str, outside: Mapping[str, Tensor] | None = None) -> None:
+        self._job, self._section, self.outside = job, section, dict(outside or {})
         self._block_of: dict[str, int] = {}
         self._dense_of: dict[str, int] = {}
         for number in range(blocks):
@@ -54,13 +54,15 @@ class Results:
 
     def dense(self, name: str) -> Tensor | None:
         """The changed parameter of this name; None where it is as it was."""
+        if name in self.outside:
+            return self.outside[name]
         number = self._dense_of.get(name)
         return None if number is None else self._in_memory(number).dense[name]
 
     @property
     def dense_names(self) -> list[str]:
         """The names of all changed parameters."""
-        return list(self._dense_of)
+        return [*self._dense_of, *self.outside]
 
 
 class Assembly:
@@ -72,11 +74,19 @@ class Assembly:
         quantizer: with the plan of the model.
         units: all of them.
         results: of the job.
+        config: what changes in the model's configuration.
     """
 
     def __init__(
-        self, source: Path, model: Any, quantizer: LowbitQuantizer, units: Sequence[Unit], results: Results
+        self,
+        source: Path,
+        model: Any,
+        quantizer: LowbitQuantizer,
+        units: Sequence[Unit],
+        results: Results,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
+        self.config = dict(config or {})
         self.files, self.model, self.quantizer, self.results = CheckpointFiles(source), model, quantizer, results
         mapping = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -109,6 +119,10 @@ class Assembly:
             for name, tensor in self._tensors(source, targets):
                 writer.add(name, tensor)
             advance(1)
+        held = {self._parameter(source) for source in placed}
+        for name in self.results.outside:
+            if name not in held:  # of a head that was tied and is so no more
+                writer.add(name, self.results.outside[name])
         files = writer.close()
         self._write_config(folder)
         write_side_files(folder, wire.side_files(settings, specs))
@@ -150,6 +164,7 @@ class Assembly:
 
     def _write_config(self, folder: Path) -> None:
         config = read_json(self.files.folder / "config.json")
+        config |= self.config
         config["quantization_config"] = self.quantizer.quantization_config.to_dict()
         text = json.dumps(config, indent=2, ensure_ascii=False, default=str)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -24,10 +24,11 @@ from lowbit.calibration.runner import RunConfig, Runner, Tell
 from lowbit.calibration.stacks import Stack, find_stacks
 from lowbit.calibration.tune import Distillation, Student, TuneConfig
 from lowbit.calibration.units import Unit, find_units
-from lowbit.core import Grouping, QuantTensor
+from lowbit.core import Grouping, Kept, Plan, QuantSpec, QuantTensor
 from lowbit.errors import PlanError
 from lowbit.integrations.transformers.assemble import Assembly, Results, write_report
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
+from lowbit.integrations.transformers.rotating import Rotated, rotate_streamed
 from lowbit.integrations.transformers.streaming import Streamed, auto_class_of, model_identity, stream_model
 
 _BATCH_TOKENS: Final = 8192
@@ -97,17 +98,20 @@ class CalibratedRun:
         self.source, self.method, self.calibration, self.device = source, method, calibration, device
         self.folder = folder
         self.started = time.perf_counter()
-        self.streamed: Streamed = stream_model(source, folder.with_name(f"{folder.name}.weights"))
+        rank = world()[0]  # each process writes its own: one may still read what another would write anew
+        self._offload = folder.with_name(f"{folder.name}.weights{f'-{rank}' if rank else ''}")
+        self.streamed: Streamed = stream_model(source, self._offload)
         self.quantizer = plan_for(self.streamed.model, config, self.streamed.dtype)
         self.units = [self._completed(unit) for unit in find_units(self.streamed.model, self.plan)]
         self.stacks: list[Stack] = find_stacks(self.streamed.model, self.units)
         self.blocks = sum(len(stack.blocks) for stack in self.stacks)
         self._check()
+        self.rotated = self._rotate() if method.rotate else None
         identity = {
             "model": model_identity(source),
             "data": {"fingerprint": calibration.fingerprint, "batch_tokens": method.batch_tokens},
             "config": self.quantizer.quantization_config.to_dict(),
-            "method": {"name": method.label, **method.settings},
+            "method": {"name": method.label, "rotate": method.rotate, "seed": method.seed, **method.settings},
             "versions": {**versions(), "device": device_name(device)},
         }
         self.job = Job(folder, identity, writes=world()[0] == 0)
@@ -135,10 +139,18 @@ class CalibratedRun:
             if not any(unit.module.startswith(f"{block}.") or unit.module == block for block in inside):
                 raise PlanError(f"{unit.name} is outside of the repeated blocks, which are what is calibrated; skip it")
 
+    def _rotate(self) -> Rotated:
+        if self.method.distill is not None:
+            raise PlanError("a rotated model is not learned against the dense one; leave one of the two out")
+        if len(self.stacks) != 1:
+            raise PlanError(f"a rotated model has one stack of blocks, this one has {len(self.stacks)}")
+        tokens = next(iter(self.batches()))["input_ids"]
+        return rotate_streamed(self.streamed, self.stacks[0], tokens, self.method.seed)
+
     def close(self) -> None:
         """Let others at the job, and remove what only this run needed."""
         self.job.close()
-        shutil.rmtree(self.folder.with_name(f"{self.folder.name}.weights"), ignore_errors=True)
+        shutil.rmtree(self._offload, ignore_errors=True)
 
     def run(self, tell: Tell = lambda done, description=None: None) -> None:
         """Quantize all blocks, and learn afterwards where that is asked for."""
@@ -147,6 +159,7 @@ class CalibratedRun:
             algorithm_of=method.algorithm_of,
             true_sequential=method.true_sequential,
             tune=method.tune,
+            transform=None if self.rotated is None else self.rotated.rotate_block,
             prepare=method.prepare,
             prepare_needs=method.prepare_needs,
             dtype=torch.float32 if self.device.type == "cpu" else None,
@@ -242,14 +255,16 @@ class CalibratedRun:
     def write(self, folder: Path, advance: Callable[[int], object] = lambda done: None) -> None:
         """Write the finished checkpoint into an empty folder."""
         self.quantizer._describe_in_config()
-        Assembly(self.source, self.streamed.model, self.quantizer, self.units, self.results()).write(folder, advance)
+        model, changes = self.streamed.model, {} if self.rotated is None else self.rotated.config
+        assembly = Assembly(self.source, model, self.quantizer, self.units, self.results(), changes)
+        assembly.write(folder, advance)
         write_report(folder, self.report())
 
     def results(self) -> Results:
         """What the job has of every unit."""
         if self.method.distill is not None:
             return Results(self.job, self.blocks + 1, "learned")
-        return Results(self.job, self.blocks, "blocks")
+        return Results(self.job, self.blocks, "blocks", None if self.rotated is None else self.rotated.outside)
 
     def report(self) -> dict[str, Any]:
         """What ``quantization_report.json`` says."""
@@ -272,7 +287,7 @@ class CalibratedRun:
             "settings": _plain(self.method.settings),
             "layers": layers,
             "blocks": [{key: block.get(key) for key in ("block", "output_error", "seconds")} for block in blocks],
-            "notes": [*data.notes, *getattr(self, "notes", ())],
+            "notes": [*data.notes, *(self.rotated.notes if self.rotated else ()), *getattr(self, "notes", ())],
         }
 
 
@@ -280,7 +295,32 @@ def plan_for(model: Any, config: Any, dtype: torch.dtype) -> LowbitQuantizer:
     """The quantizer of a config, with its plan for a model on any device."""
     quantizer = LowbitQuantizer(config, pre_quantized=False)
     quantizer._plan_dense(model, None, dtype)
+    if quantizer.plan is not None:
+        quantizer.plan = _reached_by_text(quantizer.plan, model)
     return quantizer
+
+
+def _reached_by_text(plan: Plan, model: Any) -> Plan:
+    """A plan that keeps what other kinds of input go through (vision and audio towers) dense."""
+    text = text_part(model)
+    entries = {
+        name: Kept(f"not a part of {text}, and so not reached by text")
+        if isinstance(entry, QuantSpec) and not name.startswith(f"{text}." if text else "")
+        else entry
+        for name, entry in plan.entries.items()
+    }
+    kept = Plan(entries, plan.shapes)
+    if not kept.quantized:
+        raise PlanError(f"nothing that text goes through would be quantized:\n{kept}")
+    return kept
+
+
+def text_part(model: Any) -> str:
+    """The module of a model of several kinds of input that decodes text; empty where text goes through all of it."""
+    if model.config.is_encoder_decoder or model.config.get_text_config(decoder=True) is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def versions() -> dict[str, str]:
