@@ -193,7 +193,9 @@ class Capture:
         if self._ran and number <= self._ran[-1]:
             raise PlanError(f"the model runs '{name}' behind '{self.stack.blocks[self._ran[-1]]}'; {_REPEATED}")
         if self._ran and before is not hidden and not _same(before, hidden):
-            raise PlanError(f"the model changes what '{self.stack.blocks[self._ran[-1]]}' hands to '{name}'; {_REPEATED}")
+            raise PlanError(
+                f"the model changes what '{self.stack.blocks[self._ran[-1]]}' hands to '{name}'; {_REPEATED}"
+            )
         self._ran.append(number)
         self._handed = hidden
 

@@ -502,8 +502,9 @@ class _BlockWork:
         return Student(module, self.name, learnable, self.result.units, config)
 
     def _everywhere(self, dense: nn.Module) -> tuple[Callable[[int], Tensor], dict[int, Tensor]]:
-        """The inputs of the block and what the dense model has behind it, by batch: of all batches in the first process,
-        of its own ones in each other.
+        """The inputs of the block and what the dense model has behind it, by batch.
+
+        Of all batches in the first process, of its own ones in each other.
         """
         targets = {
             batch: self.flow.captured.call(dense, self.position, batch, self.flow.dense.get(batch))
