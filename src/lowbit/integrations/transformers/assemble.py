@@ -109,7 +109,7 @@ class Assembly:
         others: list[str] = []
         for source, targets in placed.items():
             if targets is None:
-                others.append(source)
+                others.extend(self._biases(source).values() or [source])
                 continue
             for name, unit in targets:
                 made = self.results.unit(unit.name)
@@ -151,7 +151,20 @@ class Assembly:
             return [(f"{before}{unit.expert}.{unit.part}", unit) for unit in whole]
         return None
 
+    def _biases(self, source: str) -> dict[tuple[str, int], str]:
+        """What becomes of a fused bias whose experts are written apart: by part and expert, its name in files."""
+        parameter = self._parameter(source)
+        units = self._fused.get(parameter.removesuffix("_bias"), []) if parameter.endswith("_bias") else []
+        before = source.removesuffix(parameter.rpartition(".")[2])
+        return {(unit.part, unit.expert or 0): f"{before}{unit.expert}.{unit.part}.bias" for unit in units}
+
     def _tensors(self, source: str, targets: list[tuple[str, Unit]] | None) -> Iterator[tuple[str, Tensor]]:
+        if biases := self._biases(source):
+            projection = self._fused[self._parameter(source).removesuffix("_bias")][0].projection
+            parts = projection.split_bias(self.files.tensor(source)) if projection else {}
+            for (part, expert), name in biases.items():
+                yield name, parts[part][expert].clone()
+            return
         if targets is None:
             changed = self.results.dense(self._parameter(source))
             yield source, self.files.tensor(source) if changed is None else changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +80,16 @@ def stream_model(folder: Path, offload: Path) -> Streamed:
         auto = auto_class_of(config)
         with torch.device("meta"):
             outline = auto.from_config(config)
-        model = auto.from_pretrained(
-            folder,
-            dtype="auto",
-            device_map=_device_map(outline),
-            offload_folder=str(offload),
-            experts_implementation="eager",  # one product per expert, which can be watched
-        )
+        with warnings.catch_warnings():
+            # Of tensors outside all modules, which a device map has to name like all others.
+            warnings.filterwarnings("ignore", "The following device_map keys do not match any submodules")
+            model = auto.from_pretrained(
+                folder,
+                dtype="auto",
+                device_map=_device_map(outline),
+                offload_folder=str(offload),
+                experts_implementation="eager",  # one product per expert, which can be watched
+            )
     except (OSError, ValueError, ImportError) as error:
         raise PlanError(f"Transformers can't load '{folder}': {error}") from error
     weights = _weights_of(model)
