@@ -35,13 +35,25 @@ class Activations:
             save_file({"hidden": hidden.detach().to("cpu").contiguous()}, path)
             self._files[batch] = path
         else:
-            self._held[batch] = hidden.detach().to(self.device if self.place == "device" else "cpu")
+            self._held[batch] = (
+                self._on_host(batch, hidden) if self.place == "host" else hidden.detach().to(self.device)
+            )
 
     def get(self, batch: int) -> Tensor:
         """The hidden states of a batch, on the device."""
         if batch in self._files:
             return load_file(self._files[batch])["hidden"].to(self.device)
-        return self._held[batch].to(self.device)
+        held = self._held[batch]
+        return held.to(self.device, non_blocking=held.is_pinned())
+
+    def _on_host(self, batch: int, hidden: Tensor) -> Tensor:
+        """A GPU's copies go to pinned memory and aren't waited for: they come back in the order of the same stream."""
+        if not hidden.is_cuda:
+            return hidden.detach().to("cpu")
+        kept = self._held.get(batch)
+        if kept is None or kept.shape != hidden.shape or kept.dtype != hidden.dtype:
+            kept = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        return kept.copy_(hidden.detach(), non_blocking=True)
 
     def drop(self, batch: int) -> None:
         """Forget a batch."""

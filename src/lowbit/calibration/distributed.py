@@ -91,7 +91,7 @@ class TreeSum:
         self._levels: list[tuple[int, Tensor | None]] = []
 
     def push(self, value: Tensor | None) -> None:
-        """Take the sum of the next run; None where it has none."""
+        """Take the sum of the next run, which is the tree's from now on; None where it has none."""
         level = 0
         while self._levels and self._levels[-1][0] == level:
             before = self._levels.pop()[1]
@@ -110,4 +110,4 @@ class TreeSum:
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     if left is None or right is None:
         return right if left is None else left
-    return left + right
+    return left.add_(right)

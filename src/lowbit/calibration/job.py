@@ -2,7 +2,7 @@
 
 A folder holds ``manifest.json``, which says what the job is of, and per finished block a safetensors file and, written
 after it, a JSON file with its checksum. Every file is written under another name, brought to the disk, and renamed. On
-the next start the longest run of whole blocks is taken over; what lies behind a damaged one is done again.
+the next start every whole block is taken over; what is missing or damaged is done again, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -51,24 +51,35 @@ class Job:
 
     Args:
         folder: made if it doesn't exist.
-        identity: what the results depend on: model, data, settings, versions. A folder of another job is refused.
+        identity: what the results depend on: model, data, settings, versions. A folder of another job is refused. None
+            where :meth:`identify` will tell.
         writes: whether this process files results; of several that share the work, one does.
 
     Raises:
         PlanError: the folder is another job's, holds something else, or another process works in it.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, writes: bool = True) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None, *, writes: bool = True) -> None:
         self.folder, self.writes, self._lock = folder, writes, -1
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         try:
-            self._check(json.loads(json.dumps({"version": _VERSION, **identity})))
+            if identity is not None:
+                self.identify(identity)
         except BaseException:
             self.close()
             raise
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Say what the job is of, once it is known.
+
+        Raises:
+            PlanError: the folder is another job's, or holds something else.
+        """
+        if self.writes:
+            self._check(json.loads(json.dumps({"version": _VERSION, **identity})))
 
     def close(self) -> None:
         """Let others in."""
@@ -136,15 +147,23 @@ class Job:
             partial.unlink(missing_ok=True)
             raise OSError(f"{path} can't be written: {error}") from error
         _settle(partial, path)
-        record = {"sha256": _checksum(path), "report": result.report}
+        record = {"sha256": _checksum(path), "report": result.report, "report_sha256": _sum_of(result.report)}
         _write(path.with_suffix(".json"), json.dumps(record).encode())
 
-    def load(self, number: int, section: str = "blocks") -> BlockResult | None:
-        """A finished block, its tensors mapped from the file; None where it isn't there or is damaged."""
+    def load(self, number: int, section: str = "blocks", *, check: bool = True) -> BlockResult | None:
+        """A finished block, its tensors mapped from the file; None where it isn't there or is damaged.
+
+        Args:
+            number: of the block.
+            section: of the job.
+            check: whether the file is read through for its checksum; needn't be where that was done before.
+        """
         path = self._path(section, number)
         try:
             record = json.loads(path.with_suffix(".json").read_bytes())
-            if record["sha256"] != _checksum(path):
+            if record["report_sha256"] != _sum_of(record["report"]):
+                return None
+            if check and record["sha256"] != _checksum(path):
                 return None
             return BlockResult(*_read(path), record["report"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, FormatError):
@@ -261,6 +280,10 @@ def _settle(partial: Path, path: Path) -> None:
 def _checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _sum_of(report: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(report).encode()).hexdigest()
 
 
 def _digest(file: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -36,7 +37,7 @@ from lowbit.calibration.observe import Watch, execution_stages
 from lowbit.calibration.rounding import can_learn
 from lowbit.calibration.stacks import Stack
 from lowbit.calibration.statistics import Key, Leaf, combine, input_groups, widen
-from lowbit.calibration.streaming import load_block, unload_block
+from lowbit.calibration.streaming import ReadAhead, load_block, missing_names, unload_block
 from lowbit.calibration.tune import Student, TuneConfig, tune_block
 from lowbit.calibration.units import Unit, units_below
 from lowbit.core import QuantTensor
@@ -108,10 +109,12 @@ class Runner:
         device: torch.device,
         tell: Tell = lambda done, description=None: None,
     ) -> None:
-        self.model, self.weights, self.units, self.config = model, weights, units, config
+        self.model, self.units, self.config = model, units, config
+        self.weights = ReadAhead(weights)
         self.job, self.device, self.tell = job, device, tell
         self.notes: list[str] = []
         self.left_out: list[str] = []  # notes on this process's batches
+        self.dropped: set[int] = set()
         algorithms = [config.algorithm_of(unit.name) for unit in units]
         self.dense_stream = config.tune is not None or any(DEVIATION in one.needs for one in algorithms)
 
@@ -129,20 +132,23 @@ class Runner:
         self.model.eval()
         earlier: list[tuple[Stack, Callable[[int], Tensor], Captured]] = []
         number = 0
+        names = [name for stack in stacks for name in stack.blocks]
         with torch.no_grad():
             for stack in stacks:
                 flow = _Flow(self, stack, batches, earlier)
                 for position, name in enumerate(stack.blocks):
-                    self._block(flow, number, position, name)
+                    self._block(flow, number, position, name, names[number + 1 : number + 2])
                     number += 1
                 earlier.append((stack, flow.hidden.get, flow.captured))
         for notes in gather(self.left_out):
             self.notes.extend(notes)
 
-    def _block(self, flow: _Flow, number: int, position: int, name: str) -> None:
+    def _block(self, flow: _Flow, number: int, position: int, name: str, following: list[str]) -> None:
         started = time.perf_counter()
         block, units = self.model.get_submodule(name), units_below(self.units, name)
         load_block(block, name, self.weights, self.device, self.config.dtype)
+        for other in following:
+            self.weights.start(missing_names(self.model.get_submodule(other), other))
         if self.config.transform is not None:
             self.config.transform(block)
         try:
@@ -152,6 +158,7 @@ class Runner:
                 work = _BlockWork(self, flow, position, name, block, dense, units)
                 result = work.run()
                 result.report |= {"block": number, "name": name, "seconds": time.perf_counter() - started}
+                put_dense(block, name, result)
                 error = flow.advance(block, dense, position)
                 result.report["output_error"] = error
                 self.job.save(number, result)
@@ -188,9 +195,13 @@ class _Flow:
         batches: Sequence[dict[str, Tensor]],
         earlier: Sequence[tuple[Stack, Callable[[int], Tensor], Captured]],
     ) -> None:
-        self.runner, self.total = runner, len(batches)
+        self.runner, self.total, self._stack = runner, len(batches), stack
         device, config = runner.device, runner.config
-        mine = {number: batch for number, batch in enumerate(batches) if owns(number, self.total)}
+        mine = {
+            number: batch
+            for number, batch in enumerate(batches)
+            if owns(number, self.total) and number not in runner.dropped
+        }
         self._place = self._choose_place(batches, len(mine))
         self.hidden, self.dense = self._store("hidden"), self._store("dense")
         outside = _Outside(runner.model, stack, earlier, device, config.dtype)
@@ -232,13 +243,14 @@ class _Flow:
         return choose_place(nbytes * (1 + self.runner.dense_stream), self.runner.device, self.runner.config.host_limit)
 
     def _store(self, name: str) -> Activations:
-        folder = self.runner.job.folder / "activations" / f"{name}-{world()[0]}"
+        folder = self.runner.job.folder / "activations" / self._stack.name / f"{name}-{world()[0]}"
         if self._place == "disk":
             folder.mkdir(parents=True, exist_ok=True)
         return Activations(self._place, self.runner.device, folder)
 
     def _keep(self, batch: int, hidden: Tensor) -> None:
         if not bool(torch.isfinite(hidden).all()):
+            self.runner.dropped.add(batch)
             self.runner.left_out.append(
                 f"{len(hidden)} calibration sequences were left out: the model's embeddings of them are NaN or infinite"
             )
@@ -264,30 +276,32 @@ class _Flow:
 
     def advance(self, block: nn.Module, dense: nn.Module | None, position: int) -> float | None:
         """Carry the activations through a block; returns the relative squared error behind it, where it is known."""
-        errors: dict[int, tuple[float, float]] = {}
-        for batch in list(self.hidden):
+        finite: dict[int, Tensor] = {}
+        measured: dict[int, Tensor] = {}
+        for batch in list(self.hidden):  # nothing in here waits for a GPU
             out = self.captured.call(block, position, batch, self.hidden.get(batch))
-            if not bool(torch.isfinite(out).all()):
-                self._drop(batch, len(out))
-                continue
+            finite[batch] = torch.isfinite(out).all()
             self.hidden.put(batch, out)
             if dense is not None:
                 wanted = self.captured.call(dense, position, batch, self.dense.get(batch))
                 self.dense.put(batch, wanted)
-                errors[batch] = (
-                    float((out.float() - wanted.float()).square().sum()),
-                    float(wanted.float().square().sum()),
-                )
+                error = (out.float() - wanted.float()).square().sum()
+                measured[batch] = torch.stack([error, wanted.float().square().sum()])
+        for batch, fine in finite.items():
+            if not bool(fine):
+                self._drop(batch, len(self.hidden.get(batch)), self._stack.blocks[position])
         self._require_some()
+        errors = {batch: entry.tolist() for batch, entry in measured.items() if bool(finite[batch])}
         found = [errors[batch] for errors in gather(errors) for batch in sorted(errors)]
         error, norm = sum(entry[0] for entry in found), sum(entry[1] for entry in found)
         return error / norm if norm else None
 
-    def _drop(self, batch: int, sequences: int) -> None:
+    def _drop(self, batch: int, sequences: int, block: str) -> None:
         self.hidden.drop(batch)
         self.dense.drop(batch)
+        self.runner.dropped.add(batch)
         self.runner.left_out.append(
-            f"{sequences} calibration sequences were left out: a block gives NaN or infinite numbers"
+            f"{sequences} calibration sequences were left out: {block} gives NaN or infinite numbers for them"
         )
 
 
@@ -386,6 +400,9 @@ class _BlockWork:
             leaf = Leaf(needs)
             for batch in batches:
                 self._see(batch, watched, first, leaf)
+            for name, key in first.items():
+                with _overflows(name):
+                    leaf.check(key)
             yield number, leaf
 
     def _see(self, batch: int, watched: list[Unit], first: dict[str, Key], leaf: Leaf) -> None:
@@ -400,10 +417,8 @@ class _BlockWork:
         def see(unit: Unit, rows: Tensor) -> None:
             # An expert's rows are other tokens in the dense model, whose router sees other numbers.
             theirs = dense.get(unit.name) if unit.expert is None else None
-            try:
+            with _overflows(unit.name):
                 leaf.add(first[unit.name], rows, theirs if theirs is not None and theirs.shape == rows.shape else None)
-            except FloatingPointError as error:
-                raise PlanError(f"{unit.name}: {error}; the model's activations overflow in this dtype") from error
 
         with Watch(self.block, self.name, watched, see, stop=True) as watch:
             watch.run(lambda: self._call(self.block, batch))
@@ -539,6 +554,14 @@ class _BlockWork:
         return changed
 
 
+@contextmanager
+def _overflows(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        raise PlanError(f"{name}: {error}; the model's activations overflow in this dtype") from error
+
+
 def solve(
     units: Sequence[Unit],
     weights: Sequence[Tensor],
@@ -605,6 +628,11 @@ def put_result(block: nn.Module, prefix: str, units: Sequence[Unit], result: Blo
     """Let a dense block compute as it was quantized before."""
     for unit in units:
         put_unit(block.get_submodule(unit.module.removeprefix(prefix).removeprefix(".")), unit, result.units[unit.name])
+    put_dense(block, prefix, result)
+
+
+def put_dense(block: nn.Module, prefix: str, result: BlockResult) -> None:
+    """Let a block compute with its changed parameters as they are filed, which may be in a narrower dtype."""
     for name, value in result.dense.items():
         block.get_parameter(name.removeprefix(f"{prefix}.")).data.copy_(value)
 
@@ -617,6 +645,7 @@ __all__ = [
     "Tell",
     "describe",
     "measure",
+    "put_dense",
     "put_result",
     "put_unit",
     "solve",

@@ -40,6 +40,11 @@ class Leaf:
         """Count the inputs of a group."""
         self.collectors.setdefault(key, Collector(self.needs)).add(inputs, dense_inputs)
 
+    def check(self, key: Key) -> None:
+        """Wait for what was added to a group; see :meth:`Collector.check`."""
+        if key in self.collectors:
+            self.collectors[key].check()
+
 
 def combine(
     leaves: Iterator[tuple[int, Leaf]], keys: Iterable[Key], needs: frozenset[str], device: torch.device
@@ -69,14 +74,19 @@ def combine(
         for key, collector, count in zip(groups, collectors, counts, strict=True):
             tokens[key] += count
             for name in sorted(needs):
-                value = collector.sums.get(name) if collector else None
-                # An expert without tokens has no sums; nothing needs to be said of them.
-                sums[key, name].push(share_tensor(value, source, device) if count else None)
+                # Sums are given away, so that no more of them are alive than the tree needs; an expert without tokens
+                # has none, and nothing needs to be said of them.
+                sums[key, name].push(share_tensor(_taken(collector, name), source, device) if count else None)
     return {key: _mean(tokens[key], {name: sums[key, name].total() for name in sorted(needs)}) for key in groups}
 
 
+def _taken(collector: Collector | None, name: str) -> Tensor | None:
+    return collector.sums.pop(name, None) if collector else None
+
+
 def _mean(tokens: int, sums: dict[str, Tensor | None]) -> Statistics:
-    return Statistics(tokens, **{name: total / max(1, tokens) for name, total in sums.items() if total is not None})
+    means = {name: total.div_(max(1, tokens)) for name, total in sums.items() if total is not None}
+    return Statistics(tokens, **means)
 
 
 def widen(statistics: dict[Key, Statistics], in_features: dict[Key, int]) -> dict[Key, tuple[Statistics, str | None]]:

@@ -25,20 +25,22 @@ Specs = dict[str, tuple[QuantSpec, tuple[int, int]]]
 
 
 class Results:
-    """What a job has of each unit and each changed parameter, read when asked for."""
+    """What a job has of each unit and each changed parameter; checked once, read when asked for."""
 
     def __init__(self, job: Job, blocks: int, section: str, outside: Mapping[str, Tensor] | None = None) -> None:
         self._job, self._section, self.outside = job, section, dict(outside or {})
         self._block_of: dict[str, int] = {}
         self._dense_of: dict[str, int] = {}
+        self._outlines: Specs = {}
         for number in range(blocks):
-            found = self._load(number)
+            found = self._load(number, check=True)
+            self._outlines |= {name: (unit.spec, unit.shape) for name, unit in found.units.items()}
             self._block_of |= dict.fromkeys(found.units, number)
             self._dense_of |= dict.fromkeys(found.dense, number)
         self._recent: tuple[int, Any] = (-1, None)
 
-    def _load(self, number: int) -> Any:
-        found = self._job.load(number, self._section)
+    def _load(self, number: int, *, check: bool = False) -> Any:
+        found = self._job.load(number, self._section, check=check)
         if found is None:
             raise FormatError("a finished block is damaged", file=str(self._job.folder), found=number)
         return found
@@ -47,6 +49,10 @@ class Results:
         if self._recent[0] != number:
             self._recent = (number, self._load(number))
         return self._recent[1]
+
+    def outline(self, name: str) -> tuple[QuantSpec, tuple[int, int]]:
+        """Spec and shape of a unit."""
+        return self._outlines[name]
 
     def unit(self, name: str) -> QuantTensor:
         tensor: QuantTensor = self._in_memory(self._block_of[name]).units[name]
@@ -112,8 +118,7 @@ class Assembly:
                 others.extend(self._biases(source).values() or [source])
                 continue
             for name, unit in targets:
-                made = self.results.unit(unit.name)
-                specs[name] = made.spec, made.shape
+                specs[name] = self.results.outline(unit.name)
         writer = ShardWriter(folder, wire.metadata(settings, specs, others), shard_bytes)
         for source, targets in placed.items():
             for name, tensor in self._tensors(source, targets):
