@@ -251,6 +251,12 @@ def _differences(stored: Any, given: Any, path: str = "") -> list[str]:
         keys = sorted({*stored, *given})
         nested = [_differences(stored.get(key), given.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
         return [entry for entries in nested for entry in entries]
+    if isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+        found = [
+            _differences(old, new, f"{path}.{number}")
+            for number, (old, new) in enumerate(zip(stored, given, strict=True))
+        ]
+        return [entry for entries in found for entry in entries]
     return [] if stored == given else [path or "everything"]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import time
@@ -95,26 +97,39 @@ class CalibratedRun:
         folder: Path,
         device: torch.device,
     ) -> None:
+        if not calibration.samples:
+            raise PlanError("there are no calibration samples; give data that holds some")
         self.source, self.method, self.calibration, self.device = source, method, calibration, device
         self.folder = folder
         self.started = time.perf_counter()
         rank = world()[0]  # each process writes its own: one may still read what another would write anew
         self._offload = folder.with_name(f"{folder.name}.weights{f'-{rank}' if rank else ''}")
-        self.streamed: Streamed = stream_model(source, self._offload)
+        self.job = Job(folder, writes=rank == 0)
+        try:
+            self._open(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: Any) -> None:
+        self.streamed: Streamed = stream_model(self.source, self._offload)
         self.quantizer = plan_for(self.streamed.model, config, self.streamed.dtype)
         self.units = [self._completed(unit) for unit in find_units(self.streamed.model, self.plan)]
         self.stacks: list[Stack] = find_stacks(self.streamed.model, self.units)
         self.blocks = sum(len(stack.blocks) for stack in self.stacks)
         self._check()
-        self.rotated = self._rotate() if method.rotate else None
-        identity = {
-            "model": model_identity(source),
-            "data": {"fingerprint": calibration.fingerprint, "batch_tokens": method.batch_tokens},
+        self.rotated = self._rotate() if self.method.rotate else None
+        self.job.identify(self._identity())
+
+    def _identity(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return {
+            "model": model_identity(self.source),
+            "data": {"fingerprint": self.calibration.fingerprint, "batch_tokens": self.method.batch_tokens},
             "config": self.quantizer.quantization_config.to_dict(),
-            "method": {"name": method.label, "rotate": method.rotate, "seed": method.seed, **method.settings},
-            "versions": {**versions(), "device": device_name(device)},
+            "method": method_identity(self.method, [unit.name for unit in self.units]),
+            "versions": {**versions(), "device": device_name(self.device)},
         }
-        self.job = Job(folder, identity, writes=world()[0] == 0)
 
     @property
     def plan(self) -> Any:
@@ -321,6 +336,45 @@ def text_part(model: Any) -> str:
         return ""
     decoder = model.get_decoder()
     return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def method_identity(method: Calibrated, units: Sequence[str]) -> dict[str, Any]:
+    """What tells a method's results from those of others: all its settings, and which algorithm each unit has."""
+    numbers: dict[int, int] = {}
+    algorithms: list[Algorithm] = []
+    assigned: list[int] = []
+    for unit in units:
+        algorithm = method.algorithm_of(unit)
+        if id(algorithm) not in numbers:
+            numbers[id(algorithm)] = len(algorithms)
+            algorithms.append(algorithm)
+        assigned.append(numbers[id(algorithm)])
+    return {
+        "name": method.label,
+        "algorithms": _traits(algorithms),
+        "assigned": hashlib.sha256(bytes(json.dumps(assigned), "ascii")).hexdigest(),
+        "prepare": _traits(method.prepare),
+        "tune": tune_settings(method.tune),
+        "distill": tune_settings(method.distill),
+        **{key: getattr(method, key) for key in ("true_sequential", "permuted", "rotate", "seed", "seconds")},
+        "settings": _plain(method.settings),
+    }
+
+
+def _traits(value: Any) -> Any:
+    """JSON data that is the same for objects of one class with the same public attributes."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, frozenset | set):
+        return sorted(map(str, value))
+    if isinstance(value, Mapping):
+        return {str(key): _traits(entry) for key, entry in value.items()}
+    if isinstance(value, Sequence):
+        return [_traits(entry) for entry in value]
+    if not hasattr(value, "__dict__"):
+        return str(value)
+    public = {key: entry for key, entry in vars(value).items() if not key.startswith("_")}
+    return {"class": type(value).__qualname__, **_traits(public)}
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,8 @@ _CLASSES: Final = (
     "AutoModelForMultimodalLM",
     "AutoModel",
 )
-_SAMPLE: Final = 4096  # bytes of each tensor that a fingerprint covers
+_SAMPLES: Final = 8  # places of each tensor that a fingerprint covers, from the first byte to the last
+_SAMPLE: Final = 512  # bytes at each
 
 
 @dataclass
@@ -133,9 +134,9 @@ def _weights_of(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def model_identity(folder: Path) -> dict[str, str]:
-    """What tells a checkpoint from others: its configuration, and the names, shapes and beginnings of its tensors.
+    """What tells a checkpoint from others: its configuration, and the names, shapes and samples of its tensors.
 
-    A fingerprint covers the first bytes of every tensor, not all: reading a large model through would take longer than
+    A fingerprint covers some bytes of every tensor, not all: reading a large model through would take longer than
     quantizing it.
     """
     found = hashlib.blake2b(digest_size=16)
@@ -149,8 +150,10 @@ def _outline_of(folder: Path) -> Iterator[bytes]:
     files = CheckpointFiles(folder)
     for name in sorted(files.names()):
         yield f"{name} {files.layout(name)}".encode()
-        flat = files.tensor(name).reshape(-1)
-        yield flat[: _SAMPLE // max(1, flat.element_size())].contiguous().view(torch.uint8).numpy().tobytes()
+        raw = files.tensor(name).reshape(-1).view(torch.uint8).numpy()
+        last = max(0, raw.size - _SAMPLE)
+        for start in {last * number // (_SAMPLES - 1): None for number in range(_SAMPLES)}:
+            yield raw[start : start + _SAMPLE].tobytes()
 
 
 def _digest(data: bytes) -> str:
