@@ -71,9 +71,9 @@ def samples(count: int = 8, length: int = 32, seed: int = 0) -> Calibration:
     return Calibration(list(ids), "random ids")
 
 
-def gptq(**changes: Any) -> Calibrated:
+def gptq(damp_percent: float = 0.01, **changes: Any) -> Calibrated:
     """The paper's GPTQ, on two samples at a time."""
-    algorithm = Gptq(scale_search="minmax")
+    algorithm = Gptq(damp_percent, scale_search="minmax")
     return Calibrated(**{"algorithm_of": lambda name: algorithm, "label": "gptq", "batch_tokens": 64, **changes})
 
 
