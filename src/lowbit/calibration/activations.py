@@ -43,8 +43,7 @@ class Activations:
         """The hidden states of a batch, on the device."""
         if batch in self._files:
             return load_file(self._files[batch])["hidden"].to(self.device)
-        held = self._held[batch]
-        return held.to(self.device, non_blocking=held.is_pinned())
+        return self._held[batch].to(self.device, non_blocking=self.place == "host" and self.device.type == "cuda")
 
     def _on_host(self, batch: int, hidden: Tensor) -> Tensor:
         """A GPU's copies go to pinned memory and aren't waited for: they come back in the order of the same stream."""

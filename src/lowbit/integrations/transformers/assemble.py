@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -18,9 +18,10 @@ from lowbit.errors import FormatError
 from lowbit.integrations.transformers.experts.names import ExpertNames
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
 from lowbit.integrations.transformers.saving import write_side_files
-from lowbit.wire.shards import SHARD_BYTES, ShardWriter
+from lowbit.wire.shards import ShardWriter
 from lowbit.wire.store import CheckpointFiles, read_json
 
+SHARD_BYTES: Final = 10**9  # a file's tensors are in memory until it is written, in some versions twice
 Specs = dict[str, tuple[QuantSpec, tuple[int, int]]]
 
 
