@@ -9,6 +9,7 @@ from torch import nn
 
 from lowbit.calibration.units import Unit, units_below
 from lowbit.errors import PlanError
+from lowbit.nn.swap import is_linear
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,34 @@ class Stack:
     blocks: tuple[str, ...]
 
 
+def block_lists(model: nn.Module) -> list[str]:
+    """The outermost module lists whose entries have linear layers in them, in the order of the module tree.
+
+    A list of bare linear layers is none: its entries don't take each other's results.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{known}.") for known in found)
+        if isinstance(module, nn.ModuleList) and not inside and any(map(_holds_linear, module)):
+            found.append(name)
+    return found
+
+
+def _holds_linear(block: nn.Module) -> bool:
+    return not is_linear(block) and any(map(is_linear, block.modules()))
+
+
 def find_stacks(model: nn.Module, units: Sequence[Unit]) -> list[Stack]:
-    """The outermost module lists that hold units, in the order of the module tree.
+    """The lists of blocks that hold units.
 
     Raises:
         PlanError: there are none, so that nothing can be calibrated block by block.
     """
-    stacks: list[Stack] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{known.name}.") for known in stacks):
-            continue
-        if units_below(units, name):
-            stacks.append(Stack(name, tuple(f"{name}.{number}" for number in range(len(module)))))
+    lists = {name: model.get_submodule(name) for name in block_lists(model) if units_below(units, name)}
+    stacks = [
+        Stack(name, tuple(f"{name}.{number}" for number, _ in module.named_children()))
+        for name, module in lists.items()
+    ]
     if not stacks:
         raise PlanError("no list of repeated blocks holds what is to be quantized; nothing can be done block by block")
     return stacks

@@ -17,7 +17,7 @@ from lowbit.core import QuantSpec, QuantTensor
 from lowbit.errors import FormatError
 from lowbit.integrations.transformers.experts.names import ExpertNames
 from lowbit.integrations.transformers.quantizer import LowbitQuantizer
-from lowbit.integrations.transformers.saving import write_side_files
+from lowbit.integrations.transformers.saving import names_in_files, write_side_files
 from lowbit.wire.shards import ShardWriter
 from lowbit.wire.store import CheckpointFiles, read_json
 
@@ -153,16 +153,24 @@ class Assembly:
             single = self._by_name.get(f"{stack.module}.{number}.{stack.part}")
             return None if single is None else [(source.removesuffix(".weight"), single)]
         if whole := self._fused.get(parameter):
-            before = source.removesuffix(parameter.rpartition(".")[2])
-            return [(f"{before}{unit.expert}.{unit.part}", unit) for unit in whole]
+            return [(self._expert_name(source, parameter, unit), unit) for unit in whole]
         return None
+
+    def _expert_name(self, source: str, parameter: str, unit: Unit) -> str:
+        """What files call a matrix that is stored apart, where the tensor `source` holds all experts."""
+        leaf, apart = parameter.rpartition(".")[2], f"{unit.expert}.{unit.part}"
+        if source.endswith(f".{leaf}"):
+            return f"{source.removesuffix(leaf)}{apart}"
+        name = f"{unit.module}.{apart}"
+        return names_in_files(self.model, [name])[name]
 
     def _biases(self, source: str) -> dict[tuple[str, int], str]:
         """What becomes of a fused bias whose experts are written apart: by part and expert, its name in files."""
         parameter = self._parameter(source)
         units = self._fused.get(parameter.removesuffix("_bias"), []) if parameter.endswith("_bias") else []
-        before = source.removesuffix(parameter.rpartition(".")[2])
-        return {(unit.part, unit.expert or 0): f"{before}{unit.expert}.{unit.part}.bias" for unit in units}
+        return {
+            (unit.part, unit.expert or 0): f"{self._expert_name(source, parameter, unit)}.bias" for unit in units
+        }
 
     def _tensors(self, source: str, targets: list[tuple[str, Unit]] | None) -> Iterator[tuple[str, Tensor]]:
         if biases := self._biases(source):

@@ -15,8 +15,8 @@ import transformers
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from lowbit.calibration.stacks import block_lists
 from lowbit.errors import PlanError
-from lowbit.nn.swap import is_linear
 from lowbit.wire.store import CheckpointFiles
 
 _CLASSES: Final = (
@@ -101,11 +101,8 @@ def stream_model(folder: Path, offload: Path) -> Streamed:
 
 def _device_map(model: nn.Module) -> dict[str, str]:
     """Blocks to the disk, everything else to the CPU; names only, since a prefix would take the blocks along."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    stacks = [name for name in outer if any(is_linear(module) for module in model.get_submodule(name).modules())]
     places: dict[str, str] = {}
-    _place(model, "", stacks, places)
+    _place(model, "", block_lists(model), places)
     return places
 
 
