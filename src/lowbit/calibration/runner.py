@@ -568,20 +568,35 @@ def solve(
     statistics: Statistics,
     algorithm_of: Callable[[str], Algorithm],
 ) -> list[tuple[QuantTensor, LayerReport]]:
-    """Quantize weights ``fp32 [out, in]`` with the same inputs; algorithms that can do so share what they factorize."""
+    """Quantize weights ``fp32 [out, in]`` with the same inputs; algorithms that can do so share what they factorize.
+
+    Raises:
+        PlanError: a weight can't be quantized; names it, or those that were quantized together.
+    """
     algorithms = [algorithm_of(unit.name) for unit in units]
     many = getattr(algorithms[0], "calibrated_many", None)
     if many is not None and all(one is algorithms[0] for one in algorithms):
-        return list(many(list(weights), [unit.spec for unit in units], statistics))
+        with _about(units):
+            return list(many(list(weights), [unit.spec for unit in units], statistics))
     made = []
     for unit, weight, algorithm in zip(units, weights, algorithms, strict=True):
         single = getattr(algorithm, "calibrated_with_report", None)
-        if single is not None:
-            made.append(single(weight, unit.spec, statistics))
-            continue
-        tensor = algorithm.calibrated(weight, unit.spec, statistics)
+        with _about([unit]):
+            if single is not None:
+                made.append(single(weight, unit.spec, statistics))
+                continue
+            tensor = algorithm.calibrated(weight, unit.spec, statistics)
         made.append((tensor, measure(weight, tensor, statistics)))
     return made
+
+
+@contextmanager
+def _about(units: Sequence[Unit]) -> Iterator[None]:
+    """Let errors of an algorithm, which knows no names, say what they are about."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{', '.join(unit.name for unit in units)}: {error}") from error
 
 
 def measure(weight: Tensor, tensor: QuantTensor, statistics: Statistics) -> LayerReport:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms import Algorithm
-from lowbit.calibration.data import Calibration
+from lowbit.calibration.data import Calibration, check_ids
 from lowbit.calibration.distributed import world
 from lowbit.calibration.job import BlockResult, Job
 from lowbit.calibration.rounding import can_learn
@@ -35,6 +35,7 @@ from lowbit.integrations.transformers.streaming import Streamed, auto_class_of, 
 
 _BATCH_TOKENS: Final = 8192
 _VERSIONS: Final = ("torch", "transformers", "lowbit")
+_ROWS: Final = 4096  # of the embedding that are looked at together
 _LEARNING_BYTES: Final = 32  # per weight that is learned: itself, its offset, gradients, Adam's moments, and slack
 
 
@@ -113,6 +114,7 @@ class CalibratedRun:
 
     def _open(self, config: Any) -> None:
         self.streamed: Streamed = stream_model(self.source, self._offload)
+        self.calibration = usable_samples(self.calibration, self.streamed.model.get_input_embeddings().weight)
         self.quantizer = plan_for(self.streamed.model, config, self.streamed.dtype)
         self.units = [self._completed(unit) for unit in find_units(self.streamed.model, self.plan)]
         self.stacks: list[Stack] = find_stacks(self.streamed.model, self.units)
@@ -336,6 +338,27 @@ def text_part(model: Any) -> str:
         return ""
     decoder = model.get_decoder()
     return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def usable_samples(calibration: Calibration, embedding: Tensor) -> Calibration:
+    """The samples without tokens whose rows of the embedding ``[vocabulary, features]`` are NaN or infinite.
+
+    Raises:
+        PlanError: no sample is left, or a token has no row.
+    """
+    check_ids(embedding.shape[0], calibration)
+    used = torch.cat(calibration.samples).unique()
+    finite = torch.cat([torch.isfinite(embedding[part]).all(-1) for part in used.split(_ROWS)])
+    if bool(finite.all()):
+        return calibration
+    damaged = used[~finite]
+    kept = [sample for sample in calibration.samples if not bool(torch.isin(sample, damaged).any())]
+    without = f"the model's embeddings of {len(damaged)} tokens ({damaged[:4].tolist()}) are NaN or infinite"
+    if not kept:
+        raise PlanError(f"no calibration sequence is usable: {without}, and each has one of them")
+    left_out = len(calibration.samples) - len(kept)
+    note = f"{left_out} calibration sequences were left out: {without}"
+    return replace(calibration, samples=kept, notes=[*calibration.notes, note])
 
 
 def method_identity(method: Calibrated, units: Sequence[str]) -> dict[str, Any]:
