@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -19,15 +21,20 @@ import torch
 import transformers
 from torch import nn
 
+import lowbit
 import tiny_jobs
-from lowbit.algorithms import RoundToNearest
+from lowbit.algorithms import RoundToNearest, factor
 from lowbit.algorithms.gptq import Gptq
 from lowbit.algorithms.statistics import Collector
 from lowbit.calibration import job as jobs
 from lowbit.calibration import runner
+from lowbit.calibration.data import Calibration, DataConfig, load_calibration
 from lowbit.calibration.job import Job
 from lowbit.errors import PlanError
 from lowbit.integrations.transformers import calibrate
+from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun
+
+CPU = torch.device("cpu")
 
 
 class Processes:
@@ -403,17 +410,245 @@ def test_two_runs_of_one_job(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- numbers out of place
 
 
-def notes_of(run: Any, out: Path) -> dict[str, Any]:
-    """Finish a run; its notes and those of each layer. Whatever was written is finite."""
+@dataclasses.dataclass
+class Outcome:
+    """What a run says: its notes, and of each layer its notes and its facts."""
+
+    run: list[str]
+    layers: dict[str, list[str]]
+    facts: dict[str, dict[str, Any]]
+
+
+def outcome(run: CalibratedRun, out: Path) -> Outcome:
+    """Finish a run, and see that what was written gives finite numbers."""
     tiny_jobs.finish(run, out)
-    model = calibrate_loaded(out)
+    model = lowbit.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         assert bool(torch.isfinite(model(torch.arange(6, 26)[None]).logits).all())
     report = tiny_jobs.report_of(out)
-    return {"run": report["notes"], "layers": tiny_jobs.layer_notes(report), "report": report}
+    facts = {layer["name"]: layer for layer in report["layers"]}
+    assert all(math.isfinite(layer["output_error"]) for layer in facts.values())
+    return Outcome(report["notes"], {name: layer["notes"] for name, layer in facts.items()}, facts)
 
 
-def calibrate_loaded(folder: Path) -> Any:
-    import lowbit
+def changed_model(source: Path, folder: Path, change: Callable[[Any], object]) -> Path:
+    """A copy of a model with other weights."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    return folder
 
-    return lowbit.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+def test_inputs_that_are_all_zero(llama: Path, tmp_path: Path) -> None:
+    source = changed_model(
+        llama, tmp_path / "model", lambda model: model.model.layers[1].input_layernorm.weight.zero_()
+    )
+    found = outcome(tiny_jobs.open_run(source, tmp_path / "job"), tmp_path / "out")
+    for name, notes in found.layers.items():
+        zero = name.startswith("model.layers.1.self_attn")
+        assert notes == (["all inputs of this layer were 0: its weights were rounded to nearest"] if zero else []), name
+        assert found.facts[name]["fallback"] == zero
+
+
+def test_a_singular_hessian_without_damping(llama: Path, tmp_path: Path) -> None:
+    """One token, again and again: every Hessian is of rank one."""
+    same = Calibration([torch.full((32,), 9)], "one token")
+    found = outcome(tiny_jobs.open_run(llama, tmp_path / "job", tiny_jobs.gptq(0.0), same), tmp_path / "out")
+    for name, notes in found.layers.items():
+        size = found.facts[name]["shape"][1]
+        assert f"32 tokens don't determine the Hessian of {size} inputs" in notes, name
+        assert found.facts[name]["attempts"] > 1
+        assert any("could be factorized only with" in note for note in notes), name
+
+
+def test_a_hessian_that_cannot_be_factorized(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    invert = factor._inverse_factor
+
+    def failing(hessian: torch.Tensor, damp: float, dtype: torch.dtype) -> torch.Tensor | None:
+        return None if len(hessian) == 128 else invert(hessian, damp, dtype)
+
+    monkeypatch.setattr(factor, "_inverse_factor", failing)
+    found = outcome(tiny_jobs.open_run(llama, tmp_path / "job"), tmp_path / "out")
+    for name, notes in found.layers.items():
+        assert found.facts[name]["fallback"] == name.endswith("down_proj")
+        assert any("could not be factorized" in note for note in notes) == name.endswith("down_proj")
+
+
+def test_an_expert_that_no_token_reaches(tmp_path: Path) -> None:
+    """It is quantized from what all experts saw, and that is said."""
+    source = tiny_jobs.save_moe(tmp_path / "model", dead=2)
+    found = outcome(tiny_jobs.open_run(source, tmp_path / "job"), tmp_path / "out")
+    dead = [name for name in found.layers if ".experts.2." in name]
+    assert len(dead) == 2 * 3
+    for name in dead:
+        assert found.facts[name]["tokens"] == 0
+        assert found.layers[name][-1].startswith("the expert saw 0 tokens")
+
+
+def test_an_expert_that_few_tokens_reach(tmp_path: Path) -> None:
+    """Its statistics are widened, and that is said."""
+    source = tiny_jobs.save_moe(tmp_path / "model", rare=1)
+    ids = torch.randint(6, 100, (8, 32), generator=torch.Generator().manual_seed(0))
+    ids[3, 4] = ids[5, 6] = tiny_jobs.TOKEN_OF_RARE_EXPERT
+    found = outcome(
+        tiny_jobs.open_run(source, tmp_path / "job", data=Calibration(list(ids), "random")), tmp_path / "out"
+    )
+    name = "model.layers.0.mlp.experts.1.gate_proj"
+    assert found.facts[name]["tokens"] == 2
+    assert found.layers[name][-1] == "the expert saw 2 tokens: 62 as all experts of the layer saw were lent to it"
+
+
+def test_a_token_that_the_model_gives_nan(llama: Path, tmp_path: Path) -> None:
+    """The sequences with it are left out, and no others; what comes out is what the others alone give."""
+    nan = tiny_jobs.WITHOUT_INPUTS
+    source = changed_model(
+        llama, tmp_path / "model", lambda model: model.model.embed_tokens.weight[nan].fill_(math.nan)
+    )
+    data = tiny_jobs.samples()
+    spoiled = torch.stack(data.samples)
+    spoiled[5, 7] = nan
+    found = outcome(tiny_jobs.open_run(source, tmp_path / "job", data=Calibration(list(spoiled), "")), tmp_path / "out")
+    assert found.run == [
+        "1 calibration sequences were left out: the model's embeddings of 1 tokens ([127]) are NaN or infinite"
+    ]
+    others = Calibration([sample for number, sample in enumerate(spoiled) if number != 5], "")
+    tiny_jobs.finish(tiny_jobs.open_run(source, tmp_path / "others", data=others), tmp_path / "others-out")
+    assert tiny_jobs.tensors_of(tmp_path / "out") == tiny_jobs.tensors_of(tmp_path / "others-out")
+
+
+def test_nan_for_every_sequence(llama: Path, tmp_path: Path) -> None:
+    source = changed_model(llama, tmp_path / "model", lambda model: model.model.embed_tokens.weight.fill_(math.nan))
+    with pytest.raises(PlanError, match="no calibration sequence is usable"):
+        tiny_jobs.open_run(source, tmp_path / "job")
+
+
+def test_a_block_that_overflows_for_some_sequences(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are left out from there on; so they are after a restart."""
+    forward = transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward
+
+    def overflowing(layer: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = forward(layer, hidden_states, *args, **kwargs)
+        first = float(kwargs["position_embeddings"][0].sum()) and layer.self_attn.layer_idx == 1
+        return out + math.inf if first and len(out) == 1 else out
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaDecoderLayer, "forward", overflowing)
+    data = tiny_jobs.samples(count=7)  # the last batch is of one sequence
+    expected = tiny_jobs.finish(tiny_jobs.open_run(llama, tmp_path / "job", data=data), tmp_path / "out")
+    note = "1 calibration sequences were left out: model.layers.1 gives NaN or infinite numbers for them"
+    assert expected["quantization_report.json"]["notes"] == [note]
+    assert [layer["tokens"] for layer in expected["quantization_report.json"]["layers"][::7]] == [224, 224, 192]
+    Path.unlink(tmp_path / "job" / "blocks" / "00002.json")
+    assert tiny_jobs.finish(tiny_jobs.open_run(llama, tmp_path / "job", data=data), tmp_path / "again") == expected
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"), [(3e38, "inputs of a layer are NaN.*overflow"), (1e25, "hessian holds NaN or infinite")]
+)
+def test_a_block_that_overflows_for_all(weight: float, message: str, llama: Path, tmp_path: Path) -> None:
+    """Its inputs, or their squares, are more than fp32 holds."""
+    source = changed_model(
+        llama, tmp_path / "model", lambda model: model.model.layers[1].post_attention_layernorm.weight.fill_(weight)
+    )
+    run = tiny_jobs.open_run(source, tmp_path / "job")
+    with pytest.raises(PlanError, match=rf"model\.layers\.1\.mlp\.\w+_proj.*: .*{message}"):
+        run.run()
+    assert run.job.finished(tiny_jobs.BLOCKS) == 1
+    run.close()
+
+
+def test_weights_that_no_scale_reaches(llama: Path, tmp_path: Path) -> None:
+    source = changed_model(
+        llama, tmp_path / "model", lambda model: model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
+    )
+    run = tiny_jobs.open_run(source, tmp_path / "job")
+    with pytest.raises(PlanError, match=r"model\.layers\.1\.mlp\.up_proj.*: .*more than its dtype holds"):
+        run.run()
+    run.close()
+
+
+@pytest.mark.parametrize("data", [[], [""], torch.zeros(0, 8, dtype=torch.int64)], ids=["no", "empty text", "no ids"])
+def test_an_empty_data_set(data: Any, small: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small)
+    with pytest.raises(PlanError, match="is empty|has no tokens"):
+        load_calibration(data, tokenizer, DataConfig(samples=4, length=8))
+
+
+def test_a_run_without_samples(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="no calibration samples"):
+        CalibratedRun(llama, lowbit.GPTQConfig(bits=4), tiny_jobs.gptq(), Calibration([], ""), tmp_path, CPU)
+
+
+def test_a_token_that_the_model_does_not_have(llama: Path, tmp_path: Path) -> None:
+    data = Calibration([torch.tensor([6, tiny_jobs.VOCABULARY])], "")
+    with pytest.raises(PlanError, match="token id 128"):
+        tiny_jobs.open_run(llama, tmp_path / "job", data=data)
+
+
+# ------------------------------------------------------------------------------------------- where activations are
+
+
+@pytest.fixture
+def _on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Activations become files whatever their size; gives the folders that they were in."""
+    used: list[str] = []
+    put = runner.Activations.put
+
+    def recorded(store: Any, batch: int, hidden: torch.Tensor) -> None:
+        assert store.place == "disk"
+        used.append(store._folder.name)
+        put(store, batch, hidden)
+
+    monkeypatch.setattr(runner, "choose_place", lambda *args: "disk")
+    monkeypatch.setattr(runner.Activations, "put", recorded)
+    return used
+
+
+def in_memory_and_on_disk(
+    source: Path, method: Calibrated, folder: Path, request: pytest.FixtureRequest
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    memory = tiny_jobs.finish(tiny_jobs.open_run(source, folder / "job", method), folder / "out")
+    used = request.getfixturevalue("_on_disk")
+    disk = tiny_jobs.finish(tiny_jobs.open_run(source, folder / "disk", method), folder / "disk-out")
+    assert not (folder / "disk" / "activations").exists()
+    return memory, disk, used
+
+
+@pytest.mark.parametrize("tune", [None, tiny_jobs.TUNING], ids=["gptq", "tuned"])
+def test_activations_in_files(tune: Any, llama: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    memory, disk, used = in_memory_and_on_disk(llama, tiny_jobs.gptq(tune=tune), tmp_path, request)
+    assert disk == memory
+    assert set(used) == ({"hidden-0", "dense-0"} if tune else {"hidden-0"})
+
+
+def test_activations_of_two_stacks_in_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "vocab_size": 128}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    memory, disk, used = in_memory_and_on_disk(tmp_path / "model", tiny_jobs.gptq(), tmp_path, request)
+    assert disk == memory
+    assert used
+
+
+# ------------------------------------------------------------------------------------------------ parameters that move
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_what_is_learned_of_a_block_is_the_same_after_a_restart(
+    after: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms are learned in fp32 and filed in the model's dtype; what follows sees what is filed."""
+    method = tiny_jobs.gptq(tune=tiny_jobs.TUNING)
+    whole = tiny_jobs.finish(tiny_jobs.open_run(llama, tmp_path / "whole", method), tmp_path / "whole-out")
+    moved = [name for name in whole if name.endswith("layernorm.weight")]
+    dense = tiny_jobs.tensors_of(llama)
+    assert any(whole[name] != dense[name] for name in moved)
+    run = tiny_jobs.open_run(llama, tmp_path / "job", method)
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "save", nth(after + 1, KeyboardInterrupt(), Job.save))
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+    assert tiny_jobs.finish(run, tmp_path / "out") == whole

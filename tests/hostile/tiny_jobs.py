@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun
 BLOCKS = 3
 VOCABULARY = 128
 WITHOUT_INPUTS = 127  # a token that calibration data doesn't have
+TOKEN_OF_RARE_EXPERT = 5  # nor this
 _SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -41,25 +41,22 @@ def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def save_moe(folder: Path, dead: int | None = None, rare: int | None = None) -> Path:
-    """A random Mixtral of two blocks and four experts, of which the router never picks `dead`, and hardly ever `rare`.
+    """A random Mixtral of two blocks and four experts, two of which are used for each token.
 
-    All embeddings have a positive first feature, so that a router's row can tell how likely an expert is.
+    The router never picks `dead`, and `rare` only for one token.
     """
     torch.manual_seed(0)
     sizes = {**_SIZES, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
     with torch.no_grad():
+        # All tokens but one have the same large first feature: a router's weight of it decides.
         model.model.embed_tokens.weight[:, 0] = 1.0
-        model.model.embed_tokens.weight[5, 0] = -1.0
+        model.model.embed_tokens.weight[TOKEN_OF_RARE_EXPERT, 0] = -1.0
         for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            for expert in (dead, rare):
-                if expert is not None:
-                    router[expert] = 0
-                    router[expert, 0] = -10.0
-            if dead is not None:
-                router[dead] = 0
-                router[dead, 0] = -10.0
+            layer.mlp.gate.weight[:, 0] = 0
+            for expert in [one for one in (dead, rare) if one is not None]:
+                layer.mlp.gate.weight[expert] = 0
+                layer.mlp.gate.weight[expert, 0] = -10.0
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -121,9 +118,9 @@ def report_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "quantization_report.json").read_text()))
 
 
-def layer_notes(report: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What is noted of each layer."""
-    return {layer["name"]: layer["notes"] for layer in report["layers"]}
+def tensors_of(folder: Path) -> dict[str, Any]:
+    """The part of :func:`contents` that is of tensors."""
+    return {name: value for name, value in contents(folder).items() if "::" in name}
 
 
 def _timeless(data: Any) -> Any:
