@@ -226,9 +226,9 @@ def run(request: CalibratedRequest, work: Work) -> None:
         finally:
             made.close()
         if rank == 0:
+            _print(work, made)
             if work.job is None:
                 shutil.rmtree(folder, ignore_errors=True)
-            _print(work, made)
 
 
 def _open(

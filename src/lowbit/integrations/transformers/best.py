@@ -154,18 +154,19 @@ class _Candidates:
         self, sensitivities: Mapping[str, Sensitivity], target: float, advance: Advance
     ) -> tuple[Any, float, float]:
         """The config, its bits per weight, and the divergence that is expected of it."""
-        options: dict[str, list[Option]] = {}
-        for unit in self.units:
-            sensitivity = sensitivities.get(unit.module)
-            options[unit.name] = [self._option(unit, number, sensitivity) for number in range(len(self.uniform))]
-            advance(1, f"{self.form}: {unit.name}")
+        options: dict[str, list[Option]] = {unit.name: [] for unit in self.units}
+        rounding = Gptq()
+        for number, (bits, size) in enumerate(_SIZES[self.form]):  # one spec after the other: each is prepared once
+            for unit in self.units:
+                options[unit.name].append(self._option(unit, number, sensitivities.get(unit.module), rounding))
+            advance(1, f"{self.form}: {bits} bits in groups of {size}")
         sizes = {unit.name: unit.shape[0] * unit.shape[1] for unit in self.units}
         chosen = allocate(options, sizes, target)
-        bits = sum(options[name][index].bits for name, index in chosen.items()) / sum(sizes.values())
+        stored = sum(options[name][index].bits for name, index in chosen.items()) / sum(sizes.values())
         loss = sum(options[name][index].loss for name, index in chosen.items())
-        return self._joined(chosen), bits, loss
+        return self._joined(chosen), stored, loss
 
-    def _option(self, unit: Unit, number: int, sensitivity: Sensitivity | None) -> Option:
+    def _option(self, unit: Unit, number: int, sensitivity: Sensitivity | None, rounding: Gptq) -> Option:
         recipe = self.quantizers[number].recipe
         spec = recipe.spec_for(unit.name, unit.shape, torch.bfloat16)
         if isinstance(spec, Kept):
@@ -176,7 +177,7 @@ class _Candidates:
         layout = recipe.wire.expected(settings, spec, unit.shape)
         bits = sum(8 * dtype.itemsize * torch.Size(shape).numel() for shape, dtype in layout.values())
         weight = unit.weight(self.model.get_submodule(unit.module)).float()
-        error = Gptq().quantize(weight, spec).to(str(weight.device)).dequantize() - weight
+        error = rounding.quantize(weight, spec).to(str(weight.device)).dequantize() - weight
         return Option(_loss(error, sensitivity), bits)
 
     def _joined(self, chosen: Mapping[str, int]) -> Any:
