@@ -38,7 +38,7 @@ from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun
 from lowbit.wire.shards import ShardWriter
 
 GIB = 2**30
-POOL = 67_108_879  # random numbers, a prime, so that no two rows of a weight are equal
+POOL = 16_777_259  # random numbers, a prime, so that no two rows of a weight are equal
 STD = 0.02
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {"scale_search": "minmax"},
@@ -92,13 +92,13 @@ def make_checkpoint(config: Any, folder: Path) -> int:
     """Write a checkpoint of random weights; returns its bytes."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    pool = torch.empty(POOL, dtype=torch.bfloat16).normal_(0, STD, generator=torch.Generator().manual_seed(0))
+    pool = torch.empty(POOL).normal_(0, STD, generator=torch.Generator().manual_seed(0)).bfloat16()
     writer, seen, total = ShardWriter(folder, {}), set[int](), 0
     for number, (name, parameter) in enumerate(model.state_dict(keep_vars=True).items()):
         if id(parameter) in seen:  # tied to an earlier one
             continue
         seen.add(id(parameter))
-        tensor = _values(name, parameter, pool, number * 7919, config.num_hidden_layers)
+        tensor = _values(name, parameter, pool, number * 7919 % POOL, config.num_hidden_layers)
         total += tensor.numel() * tensor.element_size()
         writer.add(name, tensor)
     writer.close()
@@ -111,9 +111,10 @@ def _values(name: str, parameter: Tensor, pool: Tensor, shift: int, layers: int)
     if parameter.dim() < 2:
         return (torch.zeros if name.endswith("bias") else torch.ones)(parameter.shape, dtype=pool.dtype)
     count = parameter.numel()
-    values = pool.roll(shift).repeat(-(-count // len(pool)))[:count].view(parameter.shape)
+    rest = -(-max(0, count - len(pool) + shift) // len(pool))
+    values = torch.cat([pool[shift : shift + count], *[pool] * rest])[:count].view(parameter.shape)
     adds = name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight"))
-    return values * (2 * layers) ** -0.5 if adds else values.clone()
+    return values.mul_((2 * layers) ** -0.5) if adds else values
 
 
 def random_tokens(vocabulary: int, samples: int, length: int) -> Calibration:
