@@ -8,8 +8,9 @@ block to block, from batch to batch) are kept once.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,7 @@ class Captured:
     arguments: dict[tuple[int, int], Arguments] = field(default_factory=dict)
     keyword: bool = False
     extras: dict[int, tuple[Any, ...] | None] = field(default_factory=dict)
+    _states: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def on_cpu(self) -> tuple[dict[tuple[int, int], Arguments], bool]:
         """:attr:`arguments` and :attr:`keyword`, as another process can take them; what is shared stays shared."""
@@ -52,13 +54,43 @@ class Captured:
 
         return {key: moved(entry) for key, entry in self.arguments.items()}, self.keyword
 
-    def call(self, block: Callable[..., Any], number: int, batch: int, hidden: Tensor) -> Tensor:
-        """Run a block on hidden states with the arguments that the model gave it."""
+    def call(
+        self, block: Callable[..., Any], number: int, batch: int, hidden: Tensor, *, dense: bool = False
+    ) -> Tensor:
+        """Run a block on hidden states with the arguments that the model gave it.
+
+        Args:
+            block: or a function like it.
+            number: of the block in its stack.
+            batch: whose arguments are used.
+            hidden: ``[batch, tokens, features]`` or what else the block takes.
+            dense: whether this is a forward of its own beside that of the quantized blocks; what blocks leave for later
+                ones (shared keys and values) then is kept apart.
+        """
+        if (number, batch) not in self.arguments:
+            return hidden  # the model leaves the block out
         args, kwargs = self.arguments[number, batch]
+        if dense:
+            args, kwargs = self._apart((args, kwargs))
         args, kwargs = _on(args, hidden.device), _on(kwargs, hidden.device)
         out = block(**{_HIDDEN: hidden}, **kwargs) if self.keyword else block(hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple | list) else out
         return result
+
+    @property
+    def has_state(self) -> bool:
+        """Whether blocks are given something that they may leave results in for later blocks."""
+        found: list[Any] = []
+        _mapped(list(self.arguments.values()), lambda tensor: tensor, found.append)
+        return any(map(_is_state, found))
+
+    def _apart(self, arguments: Arguments) -> Any:
+        def copied(value: Any) -> Any:
+            if not _is_state(value):
+                return value
+            return self._states.setdefault(id(value), (value, copy.copy(value)))[1]
+
+        return _mapped(arguments, lambda tensor: tensor, copied)
 
 
 class _Recorder(nn.Module):
@@ -96,6 +128,11 @@ class Capture:
         run_first: runs the first block for real on ``(hidden, args, kwargs)`` and gives what it returns, so that it is
             known what blocks return beside the hidden states.
         earlier: stacks that run before it, each with its results by batch and what was captured of it.
+        required: the blocks that the model has to run; None for all.
+
+    Raises:
+        PlanError: the model can't be run on the batches alone, or its blocks can't be run one by one: hidden states
+            are changed between blocks, a block runs twice or not at all, or hands on what depends on its inputs.
     """
 
     def __init__(
@@ -104,7 +141,9 @@ class Capture:
         stack: Stack,
         run_first: Callable[[tuple[Any, ...], dict[str, Any]], Any],
         earlier: Sequence[tuple[Stack, Callable[[int], Tensor], Captured]] = (),
+        required: Collection[str] | None = None,
     ) -> None:
+        self.required = required
         self.model, self.stack, self.run_first, self.earlier = model, stack, run_first, earlier
         self.captured = Captured()
         self.inputs: Tensor | None = None
@@ -184,7 +223,9 @@ class Capture:
     def _forward(self, inputs: dict[str, Any]) -> None:
         try:
             self.model(**inputs, use_cache=False)
-        except (AttributeError, TypeError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        except (PlanError, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
             kind = type(self.model).__name__
             raise PlanError(f"{kind} can't be calibrated on {' and '.join(inputs)} alone: {error}") from error
 
@@ -200,7 +241,8 @@ class Capture:
         self._handed = hidden
 
     def _check_all_ran(self) -> None:
-        missing = [name for number, name in enumerate(self.stack.blocks) if number not in self._ran]
+        left_out = [name for number, name in enumerate(self.stack.blocks) if number not in self._ran]
+        missing = [name for name in left_out if self.required is None or name in self.required]
         if missing:
             listed = f"{', '.join(missing[:_LISTED])}{' ...' if len(missing) > _LISTED else ''}"
             raise PlanError(f"the model doesn't run {listed} on the calibration data; skip what is in there")
@@ -250,15 +292,21 @@ def _on(value: Any, device: torch.device) -> Any:
     return _mapped(value, lambda tensor: tensor.to(device))
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments with every tensor changed."""
+def _mapped(
+    value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda value: value
+) -> Any:
+    """Arguments with every tensor changed, and what is neither a tensor nor holds any by `other`."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):
-        return type(value)(_mapped(entry, change) for entry in value)
+        return type(value)(_mapped(entry, change, other) for entry in value)
     if type(value) is dict:
-        return {name: _mapped(entry, change) for name, entry in value.items()}
-    return value
+        return {name: _mapped(entry, change, other) for name, entry in value.items()}
+    return other(value)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, MutableMapping)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -213,7 +213,8 @@ class _Flow:
         with outside:
             load_block(first, stack.blocks[0], runner.weights, device, config.dtype)
             try:
-                capture = Capture(runner.model, stack, run_first, earlier)
+                required = [name for name in stack.blocks if units_below(runner.units, name)]
+                capture = Capture(runner.model, stack, run_first, earlier, required)
                 on_device = {
                     number: {key: value.to(device) for key, value in batch.items()} for number, batch in mine.items()
                 }
@@ -227,6 +228,8 @@ class _Flow:
         """The arguments of all batches, in the first process, which learns from all of them."""
         if world()[1] == 1 or self.runner.config.tune is None:
             return self.captured
+        if any(gather(self.captured.has_state)):
+            raise PlanError("blocks of this model share keys and values; learning them takes a single process")
         together = Captured()
         for source in range(world()[1]):
             arguments, keyword = share(self.captured.on_cpu() if world()[0] == source else None, source)
@@ -283,7 +286,7 @@ class _Flow:
             finite[batch] = torch.isfinite(out).all()
             self.hidden.put(batch, out)
             if dense is not None:
-                wanted = self.captured.call(dense, position, batch, self.dense.get(batch))
+                wanted = self.captured.call(dense, position, batch, self.dense.get(batch), dense=True)
                 self.dense.put(batch, wanted)
                 error = (out.float() - wanted.float()).square().sum()
                 measured[batch] = torch.stack([error, wanted.float().square().sum()])
@@ -407,12 +410,12 @@ class _BlockWork:
 
     def _see(self, batch: int, watched: list[Unit], first: dict[str, Key], leaf: Leaf) -> None:
         dense: dict[str, Tensor] = {}
-        if DEVIATION in leaf.needs and self.dense is not None:
+        if DEVIATION in leaf.needs and (dense_block := self.dense) is not None:
             with Watch(
-                self.dense, self.name, watched, lambda unit, rows: dense.update({unit.name: rows}), stop=True
+                dense_block, self.name, watched, lambda unit, rows: dense.update({unit.name: rows}), stop=True
             ) as watch:
                 hidden = self.flow.dense.get(batch)
-                watch.run(lambda: self.flow.captured.call(self.dense, self.position, batch, hidden))  # type: ignore[arg-type]
+                watch.run(lambda: self.flow.captured.call(dense_block, self.position, batch, hidden, dense=True))
 
         def see(unit: Unit, rows: Tensor) -> None:
             # An expert's rows are other tokens in the dense model, whose router sees other numbers.
@@ -522,7 +525,7 @@ class _BlockWork:
         Of all batches in the first process, of its own ones in each other.
         """
         targets = {
-            batch: self.flow.captured.call(dense, self.position, batch, self.flow.dense.get(batch))
+            batch: self.flow.captured.call(dense, self.position, batch, self.flow.dense.get(batch), dense=True)
             for batch in self.flow.hidden
         }
         if world()[1] == 1:
