@@ -154,7 +154,7 @@ class Capture:
         self._extras: dict[int, Tensor] = {}
         self._checked = False
         self._shared: dict[tuple[Any, ...], Tensor] = {}
-        self._identical: dict[int, Tensor] = {}
+        self._identical: dict[int, tuple[Tensor, Tensor]] = {}
         self._of_replayed: dict[int, tuple[Stack, Callable[[int], Tensor], Captured]] = {}
 
     def run(self, batches: Mapping[int, dict[str, Any]], keep: Callable[[int, Tensor], None]) -> Captured:
@@ -269,12 +269,12 @@ class Capture:
     def _keep_tensor(self, value: Tensor) -> Tensor:
         known = self._identical.get(id(value))
         if known is not None:
-            return known
+            return known[1]
         detached = value.detach()
         raw = detached.to("cpu").reshape(-1).contiguous().view(torch.uint8).numpy()
         key = (tuple(value.shape), value.dtype, hashlib.blake2b(raw.tobytes()).digest())
         kept = self._shared.setdefault(key, detached.clone())
-        self._identical[id(value)] = kept
+        self._identical[id(value)] = value, kept  # alive, or another tensor might have its id
         return kept
 
 
