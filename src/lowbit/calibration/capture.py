@@ -292,9 +292,7 @@ def _on(value: Any, device: torch.device) -> Any:
     return _mapped(value, lambda tensor: tensor.to(device))
 
 
-def _mapped(
-    value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda value: value
-) -> Any:
+def _mapped(value: Any, change: Callable[[Tensor], Tensor], other: Callable[[Any], Any] = lambda value: value) -> Any:
     """Arguments with every tensor changed, and what is neither a tensor nor holds any by `other`."""
     if isinstance(value, Tensor):
         return change(value)
