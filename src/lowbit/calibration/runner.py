@@ -36,7 +36,7 @@ from lowbit.calibration.job import BlockResult, Job
 from lowbit.calibration.observe import Watch, execution_stages
 from lowbit.calibration.rounding import can_learn
 from lowbit.calibration.stacks import Stack
-from lowbit.calibration.statistics import Key, Leaf, combine, input_groups, widen
+from lowbit.calibration.statistics import Key, Leaf, combine, input_groups, widen, without_deviation
 from lowbit.calibration.streaming import ReadAhead, load_block, missing_names, unload_block
 from lowbit.calibration.tune import Student, TuneConfig, tune_block
 from lowbit.calibration.units import Unit, units_below
@@ -457,6 +457,7 @@ class _BlockWork:
         widened = widen(statistics, {key: units[0].shape[1] for key, units in groups.items()})
         for number, (key, units) in enumerate(groups.items()):
             used, note = widened[key]
+            used = without_deviation(used) if DEVIATION in needs else used
             self._solve(units, used, note, statistics[key].tokens, number % world()[1])
 
     def _solve(self, units: list[Unit], statistics: Statistics, note: str | None, tokens: int, source: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -126,3 +126,10 @@ def _pooled(parts: Sequence[Statistics], total: int, weights: Sequence[int] | No
         if present:
             made[name] = torch.stack(present).sum(0) if len(present) < 3 else sum(present[1:], present[0])
     return Statistics(total, **made)
+
+
+def without_deviation(statistics: Statistics) -> Statistics:
+    """As if the inputs were those of the dense model: of an expert nobody knows, for there it sees other tokens."""
+    if statistics.hessian is None or statistics.deviation is not None:
+        return statistics
+    return replace(statistics, deviation=statistics.hessian.new_zeros(()).expand_as(statistics.hessian))
