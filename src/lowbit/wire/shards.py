@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.wire.store import INDEX, SINGLE
 
-SHARD_BYTES = 2 * 10**9
+SHARD_BYTES: Final = 2 * 10**9
+HELD_BYTES: Final = 256 * 2**20  # of a shard's tensors that wait in memory; more of them wait in a file
 
 
 class ShardWriter:
@@ -23,10 +25,20 @@ class ShardWriter:
         folder: exists, and is nobody else's meanwhile.
         metadata: what every file's header says beside its tensors.
         shard_bytes: of tensors in a file; one that is larger by itself gets a file of its own.
+        held_bytes: of tensors that are kept in memory until their file is written, not counting those that are mapped
+            from other files.
     """
 
-    def __init__(self, folder: Path, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._limit = folder, shard_bytes
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Mapping[str, str],
+        shard_bytes: int = SHARD_BYTES,
+        held_bytes: int = HELD_BYTES,
+    ) -> None:
+        self._folder, self._limit, self._most_held = folder, shard_bytes, held_bytes
+        self._held = 0
+        self._spilled: list[Path] = []
         self._metadata = {"format": "pt", **metadata}
         self._waiting: dict[str, Tensor] = {}
         self._size = self._total = 0
@@ -49,6 +61,9 @@ class ShardWriter:
         self._waiting[name] = tensor.detach().contiguous()
         self._size += size
         self._total += size
+        self._held += 0 if _is_mapped(tensor) else size
+        if self._held > self._most_held:
+            self._spill()
 
     def close(self) -> list[Path]:
         """Write what is left; returns the files."""
@@ -68,16 +83,50 @@ class ShardWriter:
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:05d}.safetensors"
 
+    def _spill(self) -> None:
+        """Let what waits in memory wait in a file instead; a shard's header, which comes first, needs all of them."""
+        held = {name: tensor for name, tensor in self._waiting.items() if not _is_mapped(tensor)}
+        path = self._folder / f"waiting-{len(self._spilled):05d}.safetensors"
+        _save(held, path, None)
+        self._spilled.append(path)
+        with safe_open(str(path), framework="pt") as file:
+            self._waiting |= {name: file.get_tensor(name) for name in held}
+        self._held = 0
+
     def _flush(self) -> None:
         if not self._waiting and self._names:
             return
-        path = self._part(len(self._names))
-        try:
-            save_file(_apart(self._waiting), path, metadata=self._metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path.name} can't be written: {error}") from error
+        _save(self._waiting, self._part(len(self._names)), self._metadata)
         self._names.append(list(self._waiting))
-        self._waiting, self._size = {}, 0
+        self._waiting, self._size, self._held = {}, 0, 0
+        for path in self._spilled:
+            path.unlink()
+        self._spilled.clear()
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
+    try:
+        save_file(_apart(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.name} can't be written: {error}") from error
+    if metadata is not None and len(metadata) > 1:
+        _order_metadata(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the header's metadata in order, which the serializer has in another one every time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().filename is not None
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
