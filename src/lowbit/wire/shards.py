@@ -25,8 +25,7 @@ class ShardWriter:
         folder: exists, and is nobody else's meanwhile.
         metadata: what every file's header says beside its tensors.
         shard_bytes: of tensors in a file; one that is larger by itself gets a file of its own.
-        held_bytes: of tensors that are kept in memory until their file is written, not counting those that are mapped
-            from other files.
+        held_bytes: of tensors that are kept as they are until their file is written; more of them wait in a file.
     """
 
     def __init__(
@@ -37,7 +36,8 @@ class ShardWriter:
         held_bytes: int = HELD_BYTES,
     ) -> None:
         self._folder, self._limit, self._most_held = folder, shard_bytes, held_bytes
-        self._held = 0
+        self._held: list[str] = []
+        self._held_bytes = 0
         self._spilled: list[Path] = []
         self._metadata = {"format": "pt", **metadata}
         self._waiting: dict[str, Tensor] = {}
@@ -61,8 +61,9 @@ class ShardWriter:
         self._waiting[name] = tensor.detach().contiguous()
         self._size += size
         self._total += size
-        self._held += 0 if _is_mapped(tensor) else size
-        if self._held > self._most_held:
+        self._held.append(name)
+        self._held_bytes += size
+        if self._held_bytes > self._most_held:
             self._spill()
 
     def close(self) -> list[Path]:
@@ -85,20 +86,19 @@ class ShardWriter:
 
     def _spill(self) -> None:
         """Let what waits in memory wait in a file instead; a shard's header, which comes first, needs all of them."""
-        held = {name: tensor for name, tensor in self._waiting.items() if not _is_mapped(tensor)}
         path = self._folder / f"waiting-{len(self._spilled):05d}.safetensors"
-        _save(held, path, None)
+        _save({name: self._waiting[name] for name in self._held}, path, None)
         self._spilled.append(path)
         with safe_open(str(path), framework="pt") as file:
-            self._waiting |= {name: file.get_tensor(name) for name in held}
-        self._held = 0
+            self._waiting |= {name: file.get_tensor(name) for name in self._held}
+        self._held, self._held_bytes = [], 0
 
     def _flush(self) -> None:
         if not self._waiting and self._names:
             return
         _save(self._waiting, self._part(len(self._names)), self._metadata)
         self._names.append(list(self._waiting))
-        self._waiting, self._size, self._held = {}, 0, 0
+        self._waiting, self._size, self._held, self._held_bytes = {}, 0, [], 0
         for path in self._spilled:
             path.unlink()
         self._spilled.clear()
@@ -123,10 +123,6 @@ def _order_metadata(path: Path) -> None:
         if len(ordered) <= size:
             file.seek(8)
             file.write(ordered.ljust(size))
-
-
-def _is_mapped(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().filename is not None
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
