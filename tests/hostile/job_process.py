@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ import torch
 import transformers
 
 import tiny_jobs
+from lowbit.algorithms import RoundToNearest
+
+ROUNDING = RoundToNearest()
 
 # What a kill may be restricted to, by the ends of the paths of source files.
 PLACES = {
@@ -60,14 +64,16 @@ def anonymous_memory() -> int:
 
 
 @contextlib.contextmanager
-def peak_memory(answer: dict[str, Any]) -> Iterator[None]:
-    """Measures by how much the anonymous memory grows."""
+def peak_memory(answer: dict[str, Any], limit: int | None) -> Iterator[None]:
+    """Measures by how much the anonymous memory grows, and kills the process where it is more than `limit` bytes."""
     before, peak, done = anonymous_memory(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.002):
-            peak = max(peak, anonymous_memory())
+            peak = max(peak, anonymous_memory() - before)
+            if limit is not None and peak > limit:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -76,24 +82,25 @@ def peak_memory(answer: dict[str, Any]) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
-        answer["peak"] = max(peak, anonymous_memory()) - before
+        answer["peak"] = max(peak, anonymous_memory() - before)
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:
     """Do what a request says.
 
-    Its fields: the folders `source`, `job` and `out`; `learn`, whether to learn afterwards; `place` and `kill`, the
-    call at which the process is killed; `limits`, by the name of a limit (``RLIMIT_FSIZE``), a number of bytes, for
-    memory in addition to what is taken already; `measure`, whether memory is watched; `samples`, `length`.
+    Its fields: the folders `source`, `job` and `out`; `learn`, whether to learn afterwards; `round`, whether to round
+    to nearest; `place` and `kill`, the call at which the process is killed; `file_bytes`, more of which no file may
+    have; `memory_bytes`, more of which may not be taken; `samples` and `length` of the data.
     """
     answer: dict[str, Any] = {}
     method = tiny_jobs.gptq(distill=tiny_jobs.LEARNING if request.get("learn") else None)
+    if request.get("round"):
+        method = replace(method, algorithm_of=lambda name: ROUNDING)
     data = tiny_jobs.samples(request.get("samples", 8), request.get("length", 32))
     countdown = Countdown(request.get("place", "anywhere"), request.get("kill"))
-    for name, size in request.get("limits", {}).items():
-        size += data_size() if name == "RLIMIT_DATA" else 0
-        resource.setrlimit(getattr(resource, name), (size, resource.RLIM_INFINITY))
-    with peak_memory(answer) if request.get("measure") else contextlib.nullcontext():
+    if "file_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
+    with peak_memory(answer, request.get("memory_bytes")):
         sys.setprofile(countdown if "kill" in request else None)
         try:
             run = tiny_jobs.open_run(Path(request["source"]), Path(request["job"]), method, data)
@@ -103,12 +110,6 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
         finally:
             sys.setprofile(None)
     return answer | {"count": countdown.count}
-
-
-def data_size() -> int:
-    """What counts against ``RLIMIT_DATA``: private writable memory, touched or not."""
-    with Path("/proc/self/status").open() as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
 
 
 def in_a_child(task: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Processes:
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("job_process.py")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # Memory that is freed goes back to the system, so that what is measured is what is used.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
@@ -137,7 +138,7 @@ def test_a_full_disk_while_a_block_is_filed(
     llama: Path, processes: Processes, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     """The operating system refuses to let files grow, as it does where the disk is full."""
-    stopped = processes.run(llama, tmp_path / "job", tmp_path / "out", limits={"RLIMIT_FSIZE": 10_000})
+    stopped = processes.run(llama, tmp_path / "job", tmp_path / "out", file_bytes=10_000)
     assert stopped["error"].startswith("OSError")
     assert "00000.safetensors can't be written" in stopped["error"]
     assert "File too large" in stopped["error"]
@@ -652,3 +653,44 @@ def test_what_is_learned_of_a_block_is_the_same_after_a_restart(
         with pytest.raises(KeyboardInterrupt):
             run.run()
     assert tiny_jobs.finish(run, tmp_path / "out") == whole
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+MIB = 2**20
+WIDE: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072}
+BLOCK = 4 * (768 * (768 + 384 + 384 + 768) + 3 * 768 * 3072)  # bytes of a block's linears in fp32
+DEPTH = 12
+# The block itself, the next one in bf16, what rounding takes for two of its largest weights, and activations.
+NEEDED = 3 * BLOCK + 16 * MIB
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """203 MiB in bf16."""
+    folder = tmp_path_factory.mktemp("wide")
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(**{**tiny_jobs.SIZES, **WIDE, "num_hidden_layers": DEPTH})
+        model = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.03, 0.03)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_model_larger_than_the_memory(wide: Path, processes: Processes, tmp_path: Path) -> None:
+    """A process that may take a few blocks, less than the dense model, quantizes and writes it; it is killed otherwise.
+
+    The limits of the operating system don't serve here: what is mapped from files, and can be dropped at any time,
+    counts against RLIMIT_AS and, where it is mapped privately as torch does it, against RLIMIT_DATA.
+    """
+    assert 0.6 * (wide / "model.safetensors").stat().st_size > NEEDED
+    answer = processes.run(wide, tmp_path / "job", tmp_path / "out", round=True, samples=2, memory_bytes=NEEDED)
+    assert answer["status"] == 0
+    assert "error" not in answer
+    assert len(tiny_jobs.report_of(tmp_path / "out")["layers"]) == 7 * DEPTH
+    refused = processes.run(wide, tmp_path / "less", tmp_path / "no", round=True, samples=2, memory_bytes=BLOCK)
+    assert refused["status"] == -signal.SIGKILL  # so it is a limit

@@ -21,7 +21,7 @@ BLOCKS = 3
 VOCABULARY = 128
 WITHOUT_INPUTS = 127  # a token that calibration data doesn't have
 TOKEN_OF_RARE_EXPERT = 5  # nor this
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": BLOCKS,
@@ -35,7 +35,7 @@ _SIZES: dict[str, Any] = {
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random Llama of three blocks in bf16."""
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_SIZES, **changes}))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes}))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -46,7 +46,7 @@ def save_moe(folder: Path, dead: int | None = None, rare: int | None = None) -> 
     The router never picks `dead`, and `rare` only for one token.
     """
     torch.manual_seed(0)
-    sizes = {**_SIZES, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes = {**SIZES, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
     with torch.no_grad():
         # All tokens but one have the same large first feature: a router's weight of it decides.
