@@ -27,7 +27,7 @@ _REPEATED = "it can't be calibrated block by block"
 
 
 class _Stop(Exception):
-    """The last block of the stack was reached."""
+    """All that is wanted of a forward is known."""
 
 
 @dataclass
@@ -93,6 +93,10 @@ class Captured:
         return _mapped(arguments, lambda tensor: tensor, copied)
 
 
+def _stop(*_: object) -> None:
+    raise _Stop
+
+
 class _Recorder(nn.Module):
     """Stands in for a block of the stack that is captured."""
 
@@ -152,7 +156,7 @@ class Capture:
         self._handed: Tensor | None = None  # what the block before gave
         self._first: Arguments = ((), {})
         self._extras: dict[int, Tensor] = {}
-        self._checked = False
+        self._checked = self._checked_end = self._ended = False
         self._shared: dict[tuple[Any, ...], Tensor] = {}
         self._identical: dict[int, tuple[Tensor, Tensor]] = {}
         self._of_replayed: dict[int, tuple[Stack, Callable[[int], Tensor], Captured]] = {}
@@ -170,11 +174,12 @@ class Capture:
             for number, name in enumerate(self.stack.blocks):
                 self._put(replaced, name, _Recorder(self, number, self.model.get_submodule(name)))
             for batch, inputs in batches.items():
-                self._batch, self.inputs, self._ran = batch, None, []
+                self._batch, self.inputs, self._ran, self._ended = batch, None, [], False
                 self._identical.clear()
                 with contextlib.suppress(_Stop):
                     self._forward(inputs)
                 self._check_all_ran()
+                self._checked_end = True
                 if self.inputs is not None:
                     keep(batch, self.inputs)
         finally:
@@ -200,7 +205,9 @@ class Capture:
         kept = self._kept(args if keyword else args[1:]), self._kept(others)
         self.captured.arguments[number, self._batch] = kept
         if number == len(self.stack.blocks) - 1:
-            raise _Stop
+            if self._checked_end:
+                raise _Stop
+            self._ended = True  # the first batch goes on: a model may run its blocks again
         extras = self.captured.extras[self._batch]
         return hidden if extras is None else (hidden, *extras)
 
@@ -221,16 +228,23 @@ class Capture:
     # --------------------------------------------------------------------------- what can't be done block by block
 
     def _forward(self, inputs: dict[str, Any]) -> None:
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        watched = head.register_forward_pre_hook(_stop) if isinstance(head, nn.Module) else contextlib.nullcontext()
         try:
-            self.model(**inputs, use_cache=False)
+            with watched:
+                self.model(**inputs, use_cache=False)
         except (PlanError, torch.OutOfMemoryError):
             raise
         except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
+            if self._ended:
+                return  # in later stacks, whose weights aren't there
             kind = type(self.model).__name__
             raise PlanError(f"{kind} can't be calibrated on {' and '.join(inputs)} alone: {error}") from error
 
     def _check_order(self, number: int, hidden: Tensor) -> None:
         name, before = self.stack.blocks[number], self._handed
+        if not self._ran and number:
+            raise PlanError(f"the model runs '{name}' before '{self.stack.blocks[0]}'; {_REPEATED}")
         if self._ran and number <= self._ran[-1]:
             raise PlanError(f"the model runs '{name}' behind '{self.stack.blocks[self._ran[-1]]}'; {_REPEATED}")
         if self._ran and before is not hidden and not _same(before, hidden):
