@@ -25,7 +25,7 @@ import lowbit
 import tiny_jobs
 from lowbit.algorithms import RoundToNearest, factor
 from lowbit.algorithms.gptq import Gptq
-from lowbit.algorithms.statistics import Collector
+from lowbit.algorithms.statistics import HESSIAN, MAGNITUDES, Collector
 from lowbit.calibration import job as jobs
 from lowbit.calibration import runner
 from lowbit.calibration.data import Calibration, DataConfig, load_calibration
@@ -33,6 +33,7 @@ from lowbit.calibration.job import Job
 from lowbit.errors import PlanError
 from lowbit.integrations.transformers import calibrate
 from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun
+from lowbit.integrations.transformers.calibrated_methods import Equalizer
 
 CPU = torch.device("cpu")
 
@@ -637,12 +638,16 @@ def test_activations_of_two_stacks_in_files(tmp_path: Path, request: pytest.Fixt
 # ------------------------------------------------------------------------------------------------ parameters that move
 
 
+SCALED = {"prepare": Equalizer(False), "prepare_needs": frozenset({HESSIAN, MAGNITUDES})}
+
+
 @pytest.mark.parametrize("after", [1, 2])
-def test_what_is_learned_of_a_block_is_the_same_after_a_restart(
-    after: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [{"tune": tiny_jobs.TUNING}, SCALED], ids=["learned", "scaled"])
+def test_norms_that_change_are_the_same_after_a_restart(
+    changes: dict[str, Any], after: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms are learned in fp32 and filed in the model's dtype; what follows sees what is filed."""
-    method = tiny_jobs.gptq(tune=tiny_jobs.TUNING)
+    """They change in fp32 and are filed in the model's dtype; what follows sees what is filed."""
+    method = tiny_jobs.gptq(**changes)
     whole = tiny_jobs.finish(tiny_jobs.open_run(llama, tmp_path / "whole", method), tmp_path / "whole-out")
     moved = [name for name in whole if name.endswith("layernorm.weight")]
     dense = tiny_jobs.tensors_of(llama)
