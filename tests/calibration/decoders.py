@@ -11,14 +11,14 @@ import transformers as t
 
 _IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 96, **_IDS}
-_GROUPED: dict[str, Any] = {
+GROUPED: dict[str, Any] = {
     **_SIZES,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 96,
     "max_position_embeddings": 64,
 }
-_GEMMA: dict[str, Any] = {**_GROUPED, "head_dim": 16}
+_GEMMA: dict[str, Any] = {**GROUPED, "head_dim": 16}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
 _MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
 _MLA: dict[str, Any] = {
@@ -55,7 +55,7 @@ def _gemma3n() -> t.PreTrainedModel:
 
 
 def _hybrid() -> t.PreTrainedModel:
-    sizes = {**_GROUPED, "num_experts": 2, "mamba_dt_rank": 32, "use_mamba_kernels": False, **_MAMBA}
+    sizes = {**GROUPED, "num_experts": 2, "mamba_dt_rank": 32, "use_mamba_kernels": False, **_MAMBA}
     return t.JambaForCausalLM(t.JambaConfig(attn_layer_period=2, attn_layer_offset=1, **sizes))
 
 
@@ -77,7 +77,7 @@ def _llava() -> t.PreTrainedModel:
     vision = t.CLIPVisionConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
-    config = t.LlavaConfig(vision_config=vision, text_config=t.LlamaConfig(**_GROUPED), image_token_id=95)
+    config = t.LlavaConfig(vision_config=vision, text_config=t.LlamaConfig(**GROUPED), image_token_id=95)
     return t.LlavaForConditionalGeneration(config)
 
 
@@ -97,7 +97,7 @@ def _qwen2_vl(version: str = "2") -> t.PreTrainedModel:
     if version != "2":
         vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
     ids = {"image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92}
-    text = {**_GROUPED, "rope_parameters": _ROPE}
+    text = {**GROUPED, "rope_parameters": _ROPE}
     config = getattr(t, f"{name}Config")(text_config=text, vision_config=vision, **ids)
     return getattr(t, f"{name}ForConditionalGeneration")(config)
 
@@ -117,15 +117,15 @@ def _bart() -> t.PreTrainedModel:
 
 
 MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
-    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**_GROUPED)),
-    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**_GROUPED)),
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)),
     "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_GEMMA)),
-    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**_GROUPED, sliding_window=8)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=8)),
     "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**_GEMMA, sliding_window=8)),
     "gemma3": _gemma3,
     "gemma3n": _gemma3n,
     "gemma4": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(global_head_dim=16, **_SHARING)),
-    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_GROUPED)),
+    "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**GROUPED)),
     "gpt2": lambda: t.GPT2LMHeadModel(
         t.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96, n_positions=64, **_IDS)
     ),
@@ -140,7 +140,7 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
     ),
     "falcon_alibi": lambda: t.FalconForCausalLM(t.FalconConfig(alibi=True, multi_query=True, **_SIZES)),
     "bloom": lambda: t.BloomForCausalLM(t.BloomConfig(hidden_size=64, n_layer=2, n_head=2, vocab_size=96, **_IDS)),
-    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(num_local_experts=4, **_GROUPED)),
+    "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(num_local_experts=4, **GROUPED)),
     "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
         t.Qwen3MoeConfig(moe_intermediate_size=32, mlp_only_layers=[0], **_EXPERTS, **_GEMMA)
     ),
@@ -149,12 +149,10 @@ MODELS: dict[str, Callable[[], t.PreTrainedModel]] = {
         t.Llama4TextConfig(num_local_experts=4, intermediate_size_mlp=96, interleave_moe_layer_step=2, **_GEMMA)
     ),
     "granitemoe": lambda: t.GraniteMoeForCausalLM(
-        t.GraniteMoeConfig(num_local_experts=4, num_experts_per_tok=2, **_GROUPED)
+        t.GraniteMoeConfig(num_local_experts=4, num_experts_per_tok=2, **GROUPED)
     ),
-    "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**_EXPERTS, **_GROUPED)),
-    "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(
-        t.DeepseekV3Config(**{**_GROUPED, "num_key_value_heads": 4}, **_MLA)
-    ),
+    "olmoe": lambda: t.OlmoeForCausalLM(t.OlmoeConfig(**_EXPERTS, **GROUPED)),
+    "deepseek_v3": lambda: t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**{**GROUPED, "num_key_value_heads": 4}, **_MLA)),
     "jamba": _hybrid,
     "t5": _t5,
     "bart": _bart,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 
 import decoders
 import ranks
 from lowbit.calibration.distributed import LEAVES, TreeSum, leaf_of
+from lowbit.cli import main
 
 CASES = list(ranks.CASES)
 WITH_TWO = [*CASES, "llama@1"]
@@ -98,3 +101,24 @@ def test_sums_follow_one_tree() -> None:
         tree.push(value)
     assert tree.total() == 1110111.0
     assert TreeSum().total() is None
+
+
+def test_torchrun_quantizes_as_one_process_does(small: Path, tmp_path: Path) -> None:
+    config = t.LlamaConfig(**decoders.GROUPED | {"vocab_size": 8192})
+    t.LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    for path in small.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("A text of several words to learn from, and of some more. " * 40)
+    arguments = ["--method", "gptq", "--group-size", "32", "--dataset", str(tmp_path / "text.txt")]
+    arguments += ["--samples", "4", "--seq-len", "32"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "lowbit", "quantize", str(tmp_path / "dense"), str(tmp_path / "two"), *arguments]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "one"), *arguments]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
