@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 import lowbit
@@ -26,8 +27,8 @@ import tiny_jobs
 from lowbit.algorithms import RoundToNearest, factor
 from lowbit.algorithms.gptq import Gptq
 from lowbit.algorithms.statistics import HESSIAN, MAGNITUDES, Collector
+from lowbit.calibration import activations, runner
 from lowbit.calibration import job as jobs
-from lowbit.calibration import runner
 from lowbit.calibration.data import Calibration, DataConfig, load_calibration
 from lowbit.calibration.job import Job
 from lowbit.errors import PlanError
@@ -623,6 +624,21 @@ def test_activations_in_files(tune: Any, llama: Path, tmp_path: Path, request: p
     memory, disk, used = in_memory_and_on_disk(llama, tiny_jobs.gptq(tune=tune), tmp_path, request)
     assert disk == memory
     assert set(used) == ({"hidden-0", "dense-0"} if tune else {"hidden-0"})
+
+
+@pytest.mark.usefixtures("_on_disk")
+def test_a_full_disk_while_activations_are_kept(
+    llama: Path, tmp_path: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second block; the first is not lost."""
+    run = tiny_jobs.open_run(llama, tmp_path / "job")
+    with monkeypatch.context() as patched:
+        full = SafetensorError("I/O error: No space left on device (os error 28)")
+        patched.setattr(activations, "save_file", nth(10, full, activations.save_file))
+        with pytest.raises(OSError, match=r"000001\.safetensors can't be written: .*No space left"):
+            run.run()
+    assert run.job.finished(tiny_jobs.BLOCKS) == 1
+    assert tiny_jobs.finish(run, tmp_path / "out") == expected
 
 
 def test_activations_of_two_stacks_in_files(tmp_path: Path, request: pytest.FixtureRequest) -> None:

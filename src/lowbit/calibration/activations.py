@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,10 +30,17 @@ class Activations:
         self._files: dict[int, Path] = {}
 
     def put(self, batch: int, hidden: Tensor) -> None:
-        """Keep the hidden states of a batch; takes the place of earlier ones."""
+        """Keep the hidden states of a batch; takes the place of earlier ones.
+
+        Raises:
+            OSError: the disk is full, or can't be written.
+        """
         if self.place == "disk" and self._folder is not None:
             path = self._folder / f"{batch:06d}.safetensors"
-            save_file({"hidden": hidden.detach().to("cpu").contiguous()}, path)
+            try:
+                save_file({"hidden": hidden.detach().to("cpu").contiguous()}, path)
+            except SafetensorError as error:
+                raise OSError(f"{path} can't be written: {error}") from error
             self._files[batch] = path
         else:
             self._held[batch] = (
