@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit.algorithms import Algorithm
 from lowbit.calibration.data import Calibration, check_ids
-from lowbit.calibration.distributed import world
+from lowbit.calibration.distributed import gather, world
 from lowbit.calibration.job import BlockResult, Job
 from lowbit.calibration.rounding import can_learn
 from lowbit.calibration.runner import RunConfig, Runner, Tell
@@ -122,6 +122,7 @@ class CalibratedRun:
         self._check()
         self.rotated = self._rotate() if self.method.rotate else None
         self.job.identify(self._identity())
+        gather(None)  # nobody puts anything into the folder before the first process has looked at it
 
     def _identity(self) -> dict[str, Any]:
         """What the results depend on."""
