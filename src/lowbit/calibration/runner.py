@@ -454,11 +454,18 @@ class _BlockWork:
         )
         groups = input_groups(stages)
         statistics = self._statistics(groups, needs)
+        self._give_back()
         widened = widen(statistics, {key: units[0].shape[1] for key, units in groups.items()})
         for number, (key, units) in enumerate(groups.items()):
             used, note = widened[key]
             used = without_deviation(used) if DEVIATION in needs else used
             self._solve(units, used, note, statistics[key].tokens, number % world()[1])
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Sums, factors and activations differ in size so much that what torch keeps of one doesn't fit the next."""
+        if self.runner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _solve(self, units: list[Unit], statistics: Statistics, note: str | None, tokens: int, source: int) -> None:
         """Quantize units with the same inputs in the process `source`, and take them over in all."""
