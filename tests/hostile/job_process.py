@@ -117,6 +117,7 @@ def in_a_child(task: Callable[[dict[str, Any]], dict[str, Any]], request: dict[s
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # makes torch's pool anew, which two threads must not do at once
         with contextlib.suppress(BaseException), os.fdopen(writing, "w") as pipe:
             json.dump(task(request), pipe)
             pipe.flush()
