@@ -23,7 +23,7 @@ from lowbit.calibration.distributed import gather, world
 from lowbit.calibration.job import BlockResult, Job
 from lowbit.calibration.rounding import can_learn
 from lowbit.calibration.runner import RunConfig, Runner, Tell
-from lowbit.calibration.stacks import Stack, find_stacks
+from lowbit.calibration.stacks import Stack, block_lists, find_stacks
 from lowbit.calibration.tune import Distillation, Student, TuneConfig
 from lowbit.calibration.units import Unit, find_units
 from lowbit.core import Grouping, Kept, Plan, QuantSpec, QuantTensor
@@ -314,22 +314,24 @@ def plan_for(model: Any, config: Any, dtype: torch.dtype) -> LowbitQuantizer:
     quantizer = LowbitQuantizer(config, pre_quantized=False)
     quantizer._plan_dense(model, None, dtype)
     if quantizer.plan is not None:
-        quantizer.plan = _reached_by_text(quantizer.plan, model)
+        quantizer.plan = _calibrated_part(quantizer.plan, model)
     return quantizer
 
 
-def _reached_by_text(plan: Plan, model: Any) -> Plan:
-    """A plan that keeps what other kinds of input go through (vision and audio towers) dense."""
-    text = text_part(model)
-    entries = {
-        name: Kept(f"not a part of {text}, and so not reached by text")
-        if isinstance(entry, QuantSpec) and not name.startswith(f"{text}." if text else "")
-        else entry
-        for name, entry in plan.entries.items()
-    }
-    kept = Plan(entries, plan.shapes)
+def _calibrated_part(plan: Plan, model: Any) -> Plan:
+    """A plan that keeps dense what calibration doesn't see: what isn't in a repeated block, or not reached by text."""
+    text, lists = text_part(model), tuple(f"{name}." for name in block_lists(model))
+
+    def fate(name: str, entry: QuantSpec | Kept) -> QuantSpec | Kept:
+        if isinstance(entry, Kept):
+            return entry
+        if not name.startswith(f"{text}." if text else ""):
+            return Kept(f"not a part of {text}, and so not reached by text")
+        return entry if name.startswith(lists) else Kept("not in a repeated block, which are what is calibrated")
+
+    kept = Plan({name: fate(name, entry) for name, entry in plan.entries.items()}, plan.shapes)
     if not kept.quantized:
-        raise PlanError(f"nothing that text goes through would be quantized:\n{kept}")
+        raise PlanError(f"nothing that is calibrated would be quantized:\n{kept}")
     return kept
 
 
