@@ -168,9 +168,7 @@ class Assembly:
         """What becomes of a fused bias whose experts are written apart: by part and expert, its name in files."""
         parameter = self._parameter(source)
         units = self._fused.get(parameter.removesuffix("_bias"), []) if parameter.endswith("_bias") else []
-        return {
-            (unit.part, unit.expert or 0): f"{self._expert_name(source, parameter, unit)}.bias" for unit in units
-        }
+        return {(unit.part, unit.expert or 0): f"{self._expert_name(source, parameter, unit)}.bias" for unit in units}
 
     def _tensors(self, source: str, targets: list[tuple[str, Unit]] | None) -> Iterator[tuple[str, Tensor]]:
         if biases := self._biases(source):
