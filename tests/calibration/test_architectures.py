@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lowbit.algorithms.gptq import Gptq
 from lowbit.algorithms.statistics import HESSIAN, SQUARES, Statistics
 from lowbit.calibration.data import load_calibration
 from lowbit.core import Kept
+from lowbit.errors import PlanError
 from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun
 from lowbit.wire.store import CheckpointFiles
 
@@ -50,9 +52,11 @@ def gptq() -> Any:
     return lowbit.GPTQConfig(bits=4, group_size=32, sym=False)
 
 
-def start(source: Path, folder: Path, algorithm: Gptq = PLAIN, data: Any = IDS, **options: Any) -> CalibratedRun:
+def start(
+    source: Path, folder: Path, algorithm: Gptq = PLAIN, data: Any = IDS, config: Any = None, **options: Any
+) -> CalibratedRun:
     method = Calibrated(lambda name: algorithm, "gptq", **options)
-    return CalibratedRun(source, gptq(), method, load_calibration(data, None), folder, torch.device("cpu"))
+    return CalibratedRun(source, config or gptq(), method, load_calibration(data, None), folder, torch.device("cpu"))
 
 
 def finish(run: CalibratedRun, folder: Path) -> None:
@@ -274,3 +278,27 @@ def test_towers_that_text_does_not_reach_stay_dense(kind: str, tmp_path: Path) -
     reasons = {tower[name].reason for name in linear if ".0." in name and ".head." not in name}
     assert reasons == {"not a part of model.language_model, and so not reached by text"}
     assert all(isinstance(kept, Kept) for kept in tower.values())
+
+
+def compressed(target: str) -> Any:
+    weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": [target], "weights": weights}}
+    return lowbit.CompressedTensorsConfig(config_groups=groups, format="pack-quantized")
+
+
+def test_linear_layers_outside_of_blocks_stay_dense(tmp_path: Path) -> None:
+    decoders.save("llava", tmp_path / "dense")
+    run = start(tmp_path / "dense", tmp_path / "job", config=compressed("Linear"))
+    finish(run, tmp_path / "out")
+    kept = {name: kept.reason for name, kept in run.plan.kept.items()}
+    assert kept["lm_head"] == "output head"
+    projector = {name for name in kept if "multi_modal_projector" in name}
+    assert {kept[name] for name in projector} == {"not a part of model.language_model, and so not reached by text"}
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"lm_head", *projector} <= set(ignored)
+
+
+def test_nothing_to_calibrate(tmp_path: Path) -> None:
+    decoders.save("llava", tmp_path / "dense")
+    with pytest.raises(PlanError, match="nothing that is calibrated would be quantized"):
+        start(tmp_path / "dense", tmp_path / "job", config=compressed("re:.*multi_modal_projector.*"))
