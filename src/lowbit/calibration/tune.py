@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from lowbit.calibration.rounding import LearnedWeight
 from lowbit.calibration.units import Unit
-from lowbit.core import QuantTensor
+from lowbit.core import QuantTensor, unpack
 from lowbit.errors import PlanError
+from lowbit.nn.swap import is_conv1d
 
 _WARM_UP = 0.05
 _LAST_RATE = 0.02
@@ -97,7 +98,7 @@ class Student:
         self._owners: dict[str, list[Unit]] = {}
         self._prefix = f"{prefix}." if prefix else ""
         for unit in units:
-            owner = module.get_submodule(unit.module.removeprefix(self._prefix) if unit.module != prefix else "")
+            owner = module.get_submodule(self._local(unit.module))
             tensor = quantized[unit.name]
             symmetric = _is_symmetric(tensor)
             self.weights[unit.name] = LearnedWeight(
@@ -108,6 +109,10 @@ class Student:
         self._norm_dtypes: dict[str, torch.dtype] = {}
         if config.norm_rate:
             self._learn_norms()
+
+    def _local(self, name: str) -> str:
+        """The name of a module within this one."""
+        return name.removeprefix(self._prefix) if f"{name}." != self._prefix else ""
 
     def _learn_norms(self) -> None:
         for name, parameter in self.module.named_parameters():
@@ -153,7 +158,7 @@ class Student:
         values = [self.weights[unit.name]().to(dense.dtype) for unit in units]
         projection = units[0].projection
         if projection is None:
-            return values[0] if values[0].shape == dense.shape else values[0].t()
+            return values[0].t() if is_conv1d(self.module.get_submodule(self._local(units[0].module))) else values[0]
         parts = {
             part: torch.stack([value for unit, value in zip(units, values, strict=True) if unit.part == part])
             for part in projection.parts
@@ -177,8 +182,6 @@ def _is_symmetric(tensor: QuantTensor) -> bool:
     spec = tensor.spec
     if spec.zero is None or spec.zero.kind != "integer":
         return False
-    from lowbit.core import unpack
-
     zeros = unpack(tensor.tensors["zeros"], spec.zero.bits, spec.grouping.counts(tensor.shape)[-1])
     return bool((zeros == 1 << spec.bits - 1).all())
 
