@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowbit.algorithms.factor import full_precision
 from lowbit.core import IntCode, QuantSpec, QuantTensor, pack, reference, unpack
 from lowbit.errors import PlanError
 
-_INSIDE = 0.4  # of half a step: the latent weight starts where it rounds to the given code
+_INSIDE = 0.4  # of a step: the latent weight starts where it rounds to the given code
+_LEAST_HALF = 2.0**-24  # fp16 has its subnormal numbers on every device; of other dtypes they may count as 0
 
 
 def can_learn(spec: QuantSpec) -> bool:
@@ -53,10 +55,12 @@ class LearnedWeight(nn.Module):
         index = own.get("group_index")
         groups = torch.arange(tensor.shape[1], device=device) // size if index is None else index.long()
         self.groups: Tensor = groups
-        scale = own["scales"].float() * spec.scale.multiplier
+        # The multiplier comes last, as in the reference: on the way scales are what is stored.
+        scale = self._usable(own["scales"]).float()
         self.first_scale: Tensor = scale
         zero = self._zeros(own, tensor.shape)
-        latent = self._units(weight.float(), scale, zero)
+        self._others = {name: own[name] for name in spec.activation.tensors()}
+        latent = self._units(weight.float() / spec.scale.multiplier, scale, zero)
         base = codes + (latent - codes).clamp(-_INSIDE, _INSIDE)
         self.base: Tensor = base
         self.first_zero: Tensor | None = zero
@@ -76,7 +80,9 @@ class LearnedWeight(nn.Module):
         """``[out, groups]`` -> ``[out, in]``; without indexing, whose gradients have no fixed order of addition."""
         size = self.spec.grouping.cols or self.shape[1]
         if self.spec.grouping.permuted:
-            return values @ functional.one_hot(self.groups, values.shape[1]).to(values.dtype).t()
+            spread = functional.one_hot(self.groups, values.shape[1]).to(values.dtype).t()
+            with torch.autocast(values.device.type, enabled=False), full_precision():
+                return values @ spread
         return values.repeat_interleave(size, dim=1)[:, : self.shape[1]]
 
     @property
@@ -90,21 +96,32 @@ class LearnedWeight(nn.Module):
             return weight / steps
         return (weight - self._spread(zero)) / steps if self._additive else weight / steps + self._spread(zero)
 
-    def grid(self) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points as they would be stored, ``[out, groups]`` each, with gradients."""
-        scale = self.first_scale * torch.exp(self.stretch)
-        stored = (scale / self.spec.scale.multiplier).to(self.spec.scale.dtype)
-        least = torch.finfo(self.spec.scale.dtype).smallest_normal
-        stored = torch.where(stored.abs() < least, torch.copysign(torch.full_like(stored, least), scale), stored)
-        scale = scale + (stored.float() * self.spec.scale.multiplier - scale).detach()
-        zero = self.first_zero if self.zero is None else self.zero
+    def _usable(self, scale: Tensor) -> Tensor:
+        """In the stored dtype; what that holds as 0 or not at all becomes the next number that can be divided by."""
+        limits = torch.finfo(self.spec.scale.dtype)
+        least = _LEAST_HALF if self.spec.scale.dtype == torch.float16 else limits.smallest_normal
+        stored = scale.clamp(-limits.max, limits.max).to(self.spec.scale.dtype)
+        return torch.where(stored.abs() < least, torch.copysign(torch.full_like(stored, least), stored), stored)
+
+    def _stored(self, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Both as they are stored; integer zeros not packed yet."""
+        scale = self._usable(scale)
         if zero is None or self.spec.zero is None:
             return scale, None
         if self.spec.zero.kind == "integer":
-            rounded = zero.round().clamp(0, (1 << self.spec.zero.bits) - 1)
-        else:
-            rounded = zero.to(self.spec.zero.dtype).float()
-        return scale, zero + (rounded - zero).detach()
+            return scale, zero.round().clamp(0, (1 << self.spec.zero.bits) - 1).to(torch.int16)
+        return scale, zero.to(self.spec.zero.dtype)
+
+    def _latent_grid(self) -> tuple[Tensor, Tensor | None]:
+        return self.first_scale * torch.exp(self.stretch), self.first_zero if self.zero is None else self.zero
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points as they would be stored, ``fp32 [out, groups]`` each, with gradients."""
+        scale, zero = self._latent_grid()
+        stored, stored_zero = self._stored(scale.detach(), None if zero is None else zero.detach())
+        if zero is None or stored_zero is None:
+            return _passing(scale, stored.float()), None
+        return _passing(scale, stored.float()), _passing(zero, stored_zero.float())
 
     def codes(self, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Rounded, ``fp32 [out, in]``, with gradients."""
@@ -116,8 +133,7 @@ class LearnedWeight(nn.Module):
             latent = latent * ratio + self._spread((self.first_zero - zero) / scale)
         else:
             latent = (latent - self._spread(self.first_zero)) * ratio + self._spread(zero)
-        rounded = latent + (latent.round() - latent).detach()
-        return rounded.clamp(self.code.low, self.code.high)
+        return _passing(latent, latent.detach().round()).clamp(self.code.low, self.code.high)
 
     def forward(self) -> Tensor:
         """The dense weight, ``fp32 [out, in]``."""
@@ -125,26 +141,31 @@ class LearnedWeight(nn.Module):
         codes = self.codes(scale, zero)
         steps = self._spread(scale)
         if zero is None:
-            return codes * steps
-        if self._additive:
-            return codes * steps + self._spread(zero)
-        return (codes - self._spread(zero)) * steps
+            values = codes * steps
+        elif self._additive:
+            values = codes * steps + self._spread(zero)
+        else:
+            values = (codes - self._spread(zero)) * steps
+        return values if self.spec.scale.multiplier == 1.0 else values * self.spec.scale.multiplier
 
     @torch.no_grad()
     def finish(self) -> QuantTensor:
         """What was learned, as it is stored."""
-        scale, zero = self.grid()
-        codes = self.codes(scale, zero).round().to(torch.int16)
-        layout = self.spec.tensors(self.shape)
-        dtype = layout["codes"][1]
+        codes = self.codes(*self.grid()).to(torch.int16)
+        scale, zero = self._stored(*self._latent_grid())
+        dtype = self.spec.tensors(self.shape)["codes"][1]
         tensors = {
             "codes": codes.to(dtype).contiguous() if self.spec.bits == 8 else pack(codes, self.spec.bits),
-            "scales": (scale / self.spec.scale.multiplier).to(self.spec.scale.dtype),
+            "scales": scale,
+            **self._others,
         }
         if zero is not None and self.spec.zero is not None:
-            integer = self.spec.zero.kind == "integer"
-            whole = zero.round().to(torch.int16)
-            tensors["zeros"] = pack(whole, self.spec.zero.bits) if integer else zero.to(self.spec.zero.dtype)
+            tensors["zeros"] = pack(zero, self.spec.zero.bits) if self.spec.zero.kind == "integer" else zero
         if self.spec.grouping.permuted:
             tensors["group_index"] = self.groups.to(torch.int32)
         return QuantTensor(self.spec, tensors, self.shape).validate()
+
+
+def _passing(value: Tensor, stored: Tensor) -> Tensor:
+    """`stored` to the bit, with the gradient of `value`."""
+    return stored + (value - value.detach())
