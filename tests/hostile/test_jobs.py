@@ -122,6 +122,14 @@ def expected(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return tiny_jobs.finish(tiny_jobs.open_run(llama, folder / "job"), folder / "out")
 
 
+@pytest.fixture(scope="module")
+def learned(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same with learning afterwards."""
+    folder = tmp_path_factory.mktemp("learned")
+    method = tiny_jobs.gptq(distill=tiny_jobs.LEARNING)
+    return tiny_jobs.finish(tiny_jobs.open_run(llama, folder / "job", method), folder / "out")
+
+
 def nth(number: int, error: BaseException, call: Callable[..., Any]) -> Callable[..., Any]:
     """`call`, but for its `number`-th time, which raises."""
     count = 0
@@ -270,11 +278,11 @@ def test_a_damaged_state_of_learning_lets_it_start_over(
     name: str,
     damage: Callable[[Path], object],
     llama: Path,
+    learned: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     method = tiny_jobs.gptq(distill=tiny_jobs.LEARNING)
-    whole = tiny_jobs.finish(tiny_jobs.open_run(llama, tmp_path / "whole", method), tmp_path / "whole-out")
     run = tiny_jobs.open_run(llama, tmp_path / "job", method)
     steps: list[int] = []
     with monkeypatch.context() as patched:
@@ -292,13 +300,14 @@ def test_a_damaged_state_of_learning_lets_it_start_over(
         return accumulate(work, tokens)
 
     monkeypatch.setattr(calibrate.Distillation, "_accumulate", counted)
-    assert tiny_jobs.finish(resumed, tmp_path / "out") == whole
+    assert tiny_jobs.finish(resumed, tmp_path / "out") == learned
     assert steps == list(range(6))
 
 
-def test_learning_goes_on_where_it_was(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_goes_on_where_it_was(
+    llama: Path, learned: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = tiny_jobs.gptq(distill=tiny_jobs.LEARNING)
-    whole = tiny_jobs.finish(tiny_jobs.open_run(llama, tmp_path / "whole", method), tmp_path / "whole-out")
     run = tiny_jobs.open_run(llama, tmp_path / "job", method)
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -314,7 +323,7 @@ def test_learning_goes_on_where_it_was(llama: Path, tmp_path: Path, monkeypatch:
         return accumulate(work, tokens)
 
     monkeypatch.setattr(calibrate.Distillation, "_accumulate", counted)
-    assert tiny_jobs.finish(run, tmp_path / "out") == whole
+    assert tiny_jobs.finish(run, tmp_path / "out") == learned
     assert steps == [2, 3, 4, 5]
 
 
