@@ -8,6 +8,7 @@ Fisher information, taken to be a product as in K-FAC (arXiv:1503.05671), and di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -87,7 +88,12 @@ def measure_sensitivity(
         batch: sequences at once.
         seed: for the tokens that are sampled from the model's own predictions.
         advance: called with the number of sequences after each batch.
+
+    Raises:
+        PlanError: the model has an encoder.
     """
+    if model.config.is_encoder_decoder:
+        raise PlanError("sensitivities are measured on models that predict the next token; this one has an encoder")
     gatherer = _Gatherer()
     generator = torch.Generator(device=model.device).manual_seed(seed)
     anchor = model.get_input_embeddings()
@@ -132,14 +138,19 @@ def allocate(options: Mapping[str, Sequence[Option]], weights: Mapping[str, int]
         By weight, the index of its option.
 
     Raises:
-        PlanError: even the smallest options take more.
+        PlanError: even the smallest options take more, or a loss is NaN or infinite.
     """
+    for name, found in options.items():
+        if not all(math.isfinite(option.loss) for option in found):
+            raise PlanError(
+                f"{name}: what quantizing it costs is {[option.loss for option in found]}; it can't be weighed"
+            )
     budget = target * sum(weights.values())
     least = sum(min(option.bits for option in found) for found in options.values())
     if least > budget:
         raise PlanError(
             f"{target:g} bits per weight are not enough: with all that is stored beside the codes, the least is "
-            f"{least / sum(weights.values()):.3f}"
+            f"{math.ceil(1000 * least / sum(weights.values())) / 1000:.3f}"
         )
     low, high = 0.0, 1.0
     while _bits(options, _at_price(options, high)) > budget:
