@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +38,7 @@ _FORMATS: Final = {
 _BUDGET: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
 _SECONDS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _CODEBOOKS: Final = re.compile(r"(\d+)x(\d+)")
+_PATIENCE: Final = timedelta(days=7)
 _SAMPLES: Final = 128
 _LENGTH: Final = 2048
 
@@ -325,7 +327,8 @@ def _processes() -> Iterator[tuple[int, torch.device | None]]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    # The others wait while the first learns, which may take longer than what is thought to be a hang.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     try:
         yield dist.get_rank(), torch.device("cuda", local) if cuda else torch.device("cpu")
         dist.barrier()
