@@ -93,7 +93,7 @@ class Student:
         quantized: Mapping[str, QuantTensor],
         config: TuneConfig,
     ) -> None:
-        self.module, self.config = module, config
+        self.module, self.config = module.requires_grad_(False), config
         self.weights: dict[str, LearnedWeight] = {}
         self._owners: dict[str, list[Unit]] = {}
         self._prefix = f"{prefix}." if prefix else ""
@@ -317,7 +317,10 @@ class Distillation:
             advance(1)
 
     def _accumulate(self, tokens: Tensor) -> float:
-        """Gradients of a step, of few sequences at a time where the logits are large."""
+        """Gradients of a step, of few sequences at a time where the logits are large.
+
+        The error of hidden states is relative to the squares of those few, not of the whole batch.
+        """
         model: Any = self.student.module
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         fitting = max(1, _LOGIT_BYTES // (4 * tokens.shape[1] * vocabulary))
