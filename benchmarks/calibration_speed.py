@@ -31,7 +31,7 @@ from torch import Tensor
 import lowbit
 from lowbit.algorithms.gptq import Gptq
 from lowbit.algorithms.statistics import Collector
-from lowbit.calibration import runner
+from lowbit.calibration import flow, runner, work
 from lowbit.calibration.data import Calibration
 from lowbit.calibration.job import Job
 from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun, device_name, versions
@@ -169,23 +169,23 @@ class Stopwatch:
     def watching(self) -> Iterator[None]:
         """Time what the runner calls, by putting itself between."""
         places: list[tuple[Any, str, str]] = [
-            (runner._Flow, "__init__", "embedding, first block's inputs"),
+            (flow.Flow, "__init__", "embedding, first block's inputs"),
             (runner, "load_block", "loading"),
-            (runner._BlockWork, "_stages", "forwards for statistics"),
-            (runner._BlockWork, "_statistics", "forwards for statistics"),
+            (work.BlockWork, "_stages", "forwards for statistics"),
+            (work.BlockWork, "_statistics", "forwards for statistics"),
             (Collector, "add", "Hessians"),
-            (runner, "solve", "solving"),
-            (runner._Flow, "advance", "forwards behind quantized blocks"),
+            (work, "solve", "solving"),
+            (flow.Flow, "advance", "forwards behind quantized blocks"),
             (Job, "save", "filing finished blocks"),
         ]
         before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
         try:
-            for (owner, name, stage), (_, _, work) in zip(places, before, strict=True):
-                setattr(owner, name, self._timed(stage, work))
+            for (owner, name, stage), (_, _, original) in zip(places, before, strict=True):
+                setattr(owner, name, self._timed(stage, original))
             yield
         finally:
-            for owner, name, work in before:
-                setattr(owner, name, work)
+            for owner, name, original in before:
+                setattr(owner, name, original)
 
     def _timed(self, stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(work)

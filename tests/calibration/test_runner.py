@@ -81,7 +81,7 @@ def test_batches_differ_by_rounding_alone(sequential: bool, tmp_path: Path) -> N
 
 def test_activations_in_files_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = quantize("t5", tmp_path, tune=TuneConfig(steps=2))
-    monkeypatch.setattr("lowbit.calibration.runner.choose_place", lambda *args: "disk")
+    monkeypatch.setattr("lowbit.calibration.flow.choose_place", lambda *args: "disk")
     filed = quantize("t5", tmp_path, tune=TuneConfig(steps=2))
     assert same(held, filed)
     assert not (filed.folder / "activations").exists()

@@ -161,6 +161,13 @@ def _aqlm_config(variant: str, bits: int | None, skip: tuple[str, ...]) -> Any:
     )
 
 
+def settings(**given: Any) -> Settings:
+    """What methods let a user choose."""
+    from lowbit.integrations.transformers.calibrated_methods import Settings
+
+    return Settings(**given)
+
+
 def parse_method(text: str) -> tuple[str, str]:
     """``gguf:Q4_K_M`` -> ``("gguf", "Q4_K_M")``.
 

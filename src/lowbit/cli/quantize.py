@@ -92,43 +92,34 @@ def command(
     command. `torchrun -m lowbit quantize ...` shares the work among several GPUs, with the same result.
     """
     name, variant = calibrated.parse_method(method)
-    folder = find_folder(source)
-    if name in calibrated.NAMES:
-        if dataset is None:
-            raise PlanError(f"{name} needs calibration data: --dataset FILE")
-        from lowbit.integrations.transformers.calibrated_methods import Settings
-
-        settings = Settings(
-            symmetric=bool(symmetric),
-            damp_percent=damp_percent,
-            desc_act=desc_act,
-            static_groups=static_groups,
-            correction=correction,
-            rotate=rotate,
-            seed=seed,
-        )
-        request = calibrated.CalibratedRequest(
-            method=name,
-            settings=settings,
-            variant=variant,
-            bits=bits,
-            group_size=group_size,
-            form=_format(form),
-            skip=tuple(skip or ()),
-            target_bits=target_bits,
-            budget=None if budget is None else calibrated.parse_budget(budget),
-        )
-        request.check()
-        check_dense(folder)
-        check_patterns(folder, skip or [])
-        work = calibrated.Work(folder, target, dataset, samples, seq_len, seed, device, job, overwrite)
-        calibrated.run(request, work)
+    folder, skipped, kind = find_folder(source), tuple(skip or ()), _format(form)
+    if name not in calibrated.NAMES:
+        if dataset is not None:
+            raise PlanError(f"{name} takes no calibration data; leave --dataset out, or use gptq, awq, autoround, best")
+        compute = None if dtype is DType.auto else dtype.value
+        plain = Request(Method(name), bits, group_size, symmetric, double_quant, kind, skipped, compute)
+        _quantize_weights(plain, folder, target, dtype, device, overwrite)
         return
-    if dataset is not None:
-        raise PlanError(f"{name} needs no calibration data; leave --dataset out, or use gptq, awq, autoround or best")
-    compute = None if dtype is DType.auto else dtype.value
-    plain = Request(Method(name), bits, group_size, symmetric, double_quant, _format(form), tuple(skip or ()), compute)
-    _quantize_weights(plain, folder, target, dtype, device, overwrite)
+    if dataset is None:
+        raise PlanError(f"{name} needs calibration data: --dataset FILE")
+    settings = calibrated.settings(
+        symmetric=bool(symmetric),
+        damp_percent=damp_percent,
+        desc_act=desc_act,
+        static_groups=static_groups,
+        correction=correction,
+        rotate=rotate,
+        seed=seed,
+    )
+    seconds = None if budget is None else calibrated.parse_budget(budget)
+    request = calibrated.CalibratedRequest(
+        name, settings, variant, bits, group_size, kind, skipped, target_bits, seconds
+    )
+    request.check()
+    check_dense(folder)
+    check_patterns(folder, list(skipped))
+    work = calibrated.Work(folder, target, dataset, samples, seq_len, seed, device, job, overwrite)
+    calibrated.run(request, work)
 
 
 def _format(name: str | None) -> Format | None:
