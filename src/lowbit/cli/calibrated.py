@@ -76,6 +76,8 @@ class CalibratedRequest:
             raise PlanError(f"{self.method} is written as {' or '.join(forms)}, not as {self.form.value}")
         if self.method != "best" and (self.target_bits is not None or self.budget is not None):
             raise PlanError(f"--target-bits and --budget are for best, not for {self.method}")
+        if self.method != "gptq" and (self.settings.tune or self.settings.correction):
+            raise PlanError(f"--tune and --correction are for gptq, not for {self.method}")
         if self.variant and self.method not in ("gguf", "aqlm"):
             raise PlanError(f"'{self.method}' has no variants; found '{self.variant}'")
         if self.method == "gguf" and not self.variant:

@@ -75,6 +75,10 @@ def command(
         bool,
         typer.Option("--correction", help="gptq: undo earlier layers' errors (GPTAQ).", rich_help_panel=_CALIBRATION),
     ] = False,
+    tune: Annotated[
+        int,
+        typer.Option(min=0, help="gptq: steps of learning per block afterwards.", rich_help_panel=_CALIBRATION),
+    ] = 0,
     rotate: Annotated[
         bool,
         typer.Option("--rotate", help="Rotate the model first, merged into the weights.", rich_help_panel=_CALIBRATION),
@@ -108,6 +112,7 @@ def command(
         desc_act=desc_act,
         static_groups=static_groups,
         correction=correction,
+        tune=tune,
         rotate=rotate,
         seed=seed,
     )

@@ -41,6 +41,7 @@ class Settings:
         correction: GPTQ: whether errors of earlier layers are made up for (GPTAQ).
         feedback: GGUF: whether rounding errors are made up for by later columns.
         steps: AutoRound: of learning per block.
+        tune: GPTQ: steps of learning per block afterwards: codes, scales, zero points and norms.
         rotate: whether the model is rotated first.
         seed: of whatever is random.
     """
@@ -55,6 +56,7 @@ class Settings:
     correction: bool = False
     feedback: bool = True
     steps: int = 200
+    tune: int = 0
     rotate: bool = False
     seed: int = 0
 
@@ -95,7 +97,9 @@ def _gptq(settings: Settings) -> Calibrated:
         sweeps=settings.sweeps,
         correction=settings.correction,
     )
-    return Calibrated(_always(algorithm), "gptq", permuted=settings.desc_act and not settings.static_groups)
+    tune = TuneConfig(steps=settings.tune, seed=settings.seed) if settings.tune else None
+    permuted = settings.desc_act and not settings.static_groups
+    return Calibrated(_always(algorithm), "gptq", permuted=permuted, tune=tune)
 
 
 def _awq(settings: Settings) -> Calibrated:
