@@ -184,9 +184,12 @@ class CalibratedRun:
         )
         runner = Runner(self.streamed.model, self.streamed.weights, self.units, config, self.job, self.device, tell)
         self.notes = runner.notes
+        learns = method.distill is not None and world()[0] == 0 and not self._has_learned()
+        if learns:
+            self._check_fits()  # rather than after all blocks
         with solid_matmuls():
             runner.run(self.stacks, list(self.batches()))
-            if method.distill is not None and world()[0] == 0:
+            if method.distill is not None and learns:
                 self._distill(method.distill, tell)
         if world()[1] > 1:
             torch.distributed.barrier()
@@ -201,10 +204,11 @@ class CalibratedRun:
 
     # -------------------------------------------------------------------------------------------------------- learning
 
+    def _has_learned(self) -> bool:
+        return self.job.finished(self.blocks + 1, "learned") == self.blocks + 1
+
     def _distill(self, config: TuneConfig, tell: Tell) -> None:
         """Learn against the dense model, an epoch at a time; state is kept after each."""
-        if self.job.finished(self.blocks + 1, "learned") == self.blocks + 1:
-            return
         self._check_fits()
         model = auto_class_of(self.streamed.model.config).from_pretrained(
             self.source, dtype=torch.float32, device_map={"": str(self.device)}
@@ -421,11 +425,14 @@ def device_name(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Bytes that can be had; of the host's memory also what only caches files."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return pages * size
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
