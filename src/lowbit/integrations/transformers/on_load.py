@@ -10,6 +10,7 @@ import copy
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,8 @@ class CalibratedOnLoad:
 
     def __init__(self, config: Any, folder: Path, device_map: Any) -> None:
         self._scratch = Path(tempfile.mkdtemp(prefix="lowbit-"))
+        # Not everything that can go wrong behind the calibration comes back here.
+        self._remove = weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
         try:
             self.results, self.units = outside(lambda stop: self._run(config, folder, pick_device(device_map), stop))
         except BaseException:
@@ -98,14 +101,11 @@ class CalibratedOnLoad:
         finally:
             run.close()
 
-    def algorithm_of(self, module: str) -> Algorithm:
-        """What gives the weights of a linear layer, or of the experts that a matrix of this name belongs to."""
-        own = [unit for unit in self.units if unit.name == module]
-        if own and own[0].expert is not None:
-            first = own[0]
-            own = [unit for unit in self.units if unit.full_parameter == first.full_parameter]
+    def algorithm_of(self, name: str) -> Algorithm:
+        """What gives the weight of the linear layer `name`, or the matrices of the fused parameter `name` of experts."""
+        own = [unit for unit in self.units if name == (unit.name if unit.expert is None else unit.full_parameter)]
         if not own:
-            raise PlanError(f"'{module}' was not calibrated")
+            raise PlanError(f"'{name}' was not calibrated")
         return Finished(self.results.unit(unit.name) for unit in own)
 
     def apply_dense(self, model: Any) -> None:
@@ -118,7 +118,7 @@ class CalibratedOnLoad:
 
     def close(self) -> None:
         """Remove the files; what is mapped from them stays readable."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._remove()
 
 
 def _settings(config: Any) -> Settings:

@@ -145,6 +145,8 @@ class LowbitQuantizer(HfQuantizer):
     def note(self, error: LowbitError) -> LowbitError:
         """Remember an error that the loader will wrap into its own report."""
         self.errors.append(error)
+        if self.calibrated is not None:
+            self.calibrated.close()
         return error
 
     def _convert_model_for_quantization(self, model: Any) -> None:

@@ -165,10 +165,10 @@ def quantize_experts(
         experts = QuantExperts(experts)
         model.set_submodule(module, experts)
     parts = quantizer.expert_stacks(name)
-    recipe, projection = quantizer.recipe, parts[0].projection
+    recipe, projection, calibrated = quantizer.recipe, parts[0].projection, quantizer.calibrated
     try:
         spec = quantizer.planned(name, weight.dtype)
-        algorithm = recipe.algorithm_of(parts[0].written[0])
+        algorithm = calibrated.algorithm_of(name) if calibrated else recipe.algorithm_of(parts[0].written[0])
         made = quantize_projection(
             projection, weight, lambda matrix: algorithm.quantize(matrix, spec), recipe.compute_dtype
         )
