@@ -102,7 +102,7 @@ class CalibratedOnLoad:
             run.close()
 
     def algorithm_of(self, name: str) -> Algorithm:
-        """What gives the weight of the linear layer `name`, or the matrices of the fused parameter `name` of experts."""
+        """What gives the weight of a linear layer, or the matrices in a fused parameter of experts."""
         own = [unit for unit in self.units if name == (unit.name if unit.expert is None else unit.full_parameter)]
         if not own:
             raise PlanError(f"'{name}' was not calibrated")
