@@ -128,8 +128,11 @@ def test_gptq_quantize_with_a_dataset_of_strings(auto: Any, small: Path, tmp_pat
         "auto-gptq is an easy-to-use model quantization library with user-friendly apis, based on GPTQ algorithm."
     ]
     gptq_config = transformers.GPTQConfig(bits=4, dataset=dataset, tokenizer=tokenizer)
-    with pytest.warns(UserWarning, match="rounded to nearest and the dataset is not used"):
-        quantized_model = auto.from_pretrained(small, device_map="auto", quantization_config=gptq_config)
+    quantized_model = auto.from_pretrained(small, device_map="auto", quantization_config=gptq_config)
+    rounded = auto.from_pretrained(small, device_map="auto", quantization_config=transformers.GPTQConfig(bits=4))
+    assert packed(quantized_model) == packed(rounded) == 28
+    layers = [model.model.layers[0].mlp.down_proj.quant_tensor() for model in (quantized_model, rounded)]
+    assert layers[0].spec == layers[1].spec and not layers[0].equal(layers[1])
     quantized_model.to("cpu")
     quantized_model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
