@@ -25,6 +25,8 @@ from lowbit.integrations.transformers.methods import make_recipe, method_named
 from lowbit.integrations.transformers.methods.compressed_tensors import CompressedTensorsConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig
 from lowbit.integrations.transformers.streaming import auto_class_of
+from lowbit.nn.planning import matches
+from lowbit.nn.swap import is_linear
 
 # Perplexity grew again behind these (docs/quality.md): so few tokens are learned by heart.
 LEARNING: Final = TuneConfig(epochs=12)
@@ -142,7 +144,9 @@ class _Candidates:
 
     def __init__(self, model: Any, form: str, skip: Sequence[str]) -> None:
         self.model, self.form = model, form
-        self.uniform = [_config(form, bits, size, skip) for bits, size in _SIZES[form]]
+        # Not every format's list of what it leaves out takes patterns.
+        left_out = [name for name, module in model.named_modules() if is_linear(module) and matches(name, list(skip))]
+        self.uniform = [_config(form, bits, size, left_out) for bits, size in _SIZES[form]]
         self.quantizers = [plan_for(model, config, torch.bfloat16) for config in self.uniform]
         plan = self.quantizers[0].plan
         if plan is None:
