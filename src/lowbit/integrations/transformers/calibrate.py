@@ -105,11 +105,14 @@ class CalibratedRun:
         self.started = time.perf_counter()
         rank = world()[0]  # each process writes its own: one may still read what another would write anew
         self._offload = folder.with_name(f"{folder.name}.weights{f'-{rank}' if rank else ''}")
+        existed = folder.exists()
         self.job = Job(folder, writes=rank == 0)
         try:
             self._open(config)
         except BaseException:
             self.close()
+            if rank == 0 and not existed:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _open(self, config: Any) -> None:
