@@ -27,7 +27,7 @@ import tiny_jobs
 from lowbit.algorithms import RoundToNearest, factor
 from lowbit.algorithms.gptq import Gptq
 from lowbit.algorithms.statistics import HESSIAN, MAGNITUDES, Collector
-from lowbit.calibration import activations, runner
+from lowbit.calibration import activations, flow
 from lowbit.calibration import job as jobs
 from lowbit.calibration.data import Calibration, DataConfig, load_calibration
 from lowbit.calibration.job import Job
@@ -228,8 +228,8 @@ def test_interrupted_while_the_inputs_of_blocks_are_recorded(
     """While stand-ins are in the places of blocks; the same object can go on."""
     run = tiny_jobs.open_run(llama, tmp_path / "job")
     with monkeypatch.context() as patched:
-        record = runner.Capture.record
-        patched.setattr(runner.Capture, "record", nth(5, KeyboardInterrupt(), record))
+        record = flow.Capture.record
+        patched.setattr(flow.Capture, "record", nth(5, KeyboardInterrupt(), record))
         with pytest.raises(KeyboardInterrupt):
             run.run()
     assert_nothing_left_behind(run.streamed.model)
@@ -606,15 +606,15 @@ def test_a_token_that_the_model_does_not_have(llama: Path, tmp_path: Path) -> No
 def _on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Activations become files whatever their size; gives the folders that they were in."""
     used: list[str] = []
-    put = runner.Activations.put
+    put = flow.Activations.put
 
     def recorded(store: Any, batch: int, hidden: torch.Tensor) -> None:
         assert store.place == "disk"
         used.append(store._folder.name)
         put(store, batch, hidden)
 
-    monkeypatch.setattr(runner, "choose_place", lambda *args: "disk")
-    monkeypatch.setattr(runner.Activations, "put", recorded)
+    monkeypatch.setattr(flow, "choose_place", lambda *args: "disk")
+    monkeypatch.setattr(flow.Activations, "put", recorded)
     return used
 
 

@@ -84,6 +84,10 @@ class CalibratedRequest:
             raise PlanError("say which type: --method gguf:Q4_K_M, for example")
         if self.method == "best" and self.bits is None and self.target_bits is None:
             raise PlanError("best needs --bits or --target-bits")
+        if self.settings.desc_act and self.method != "gptq":
+            raise PlanError(f"--desc-act is for gptq, not for {self.method}")
+        if self.group_size is not None and self.method in ("aqlm", "gguf", "best"):
+            raise PlanError(f"{self.method} chooses what shares a scale itself, so that there is no group size")
         if self.settings.desc_act and self.written_as != "gptq" and not self.settings.static_groups:
             raise PlanError(f"--desc-act without --static-groups stores a group index, which {self.written_as} has not")
         if self.method != "best":
@@ -113,7 +117,7 @@ class CalibratedRequest:
         )
         config = rounding.config()
         if self.written_as == "gptq":
-            config.desc_act = self.settings.desc_act
+            config.desc_act = self.settings.desc_act and self.method == "gptq"
             config.damp_percent = self.settings.damp_percent
             config.true_sequential = self.settings.true_sequential
         return config
@@ -258,7 +262,7 @@ def _quantize(made: CalibratedRun, folder: Path, rank: int) -> None:
         console.print_plan(made.plan)
     done = made.job.finished(made.blocks) if rank == 0 else 0
     if done:
-        console.note(f"going on behind {done} finished blocks in {folder}")
+        console.note(f"going on behind {done} finished {'block' if done == 1 else 'blocks'} in {folder}")
     with console.progress("quantizing", made.blocks) as bar:
         try:
             made.run(lambda done, description=None: bar(done, description=description))

@@ -106,6 +106,8 @@ def command(
         return
     if dataset is None:
         raise PlanError(f"{name} needs calibration data: --dataset FILE")
+    if double_quant or dtype is not DType.auto:
+        raise PlanError(f"--double-quant and --dtype are not for {name}: what stays dense is written as it is in SRC")
     settings = calibrated.settings(
         symmetric=bool(symmetric),
         damp_percent=damp_percent,
