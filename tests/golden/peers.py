@@ -491,6 +491,10 @@ def transformers_load_with_peers(path: str | Path, dtype: str = "float16") -> to
     from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
     if AutoConfig.from_pretrained(path).quantization_config["quant_method"] == "bitsandbytes":
+        import bitsandbytes.nn.modules
+
+        # On CPUs with AVX512-BF16 it has a kernel of its own, which rounds in another order than its plain path.
+        bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
         return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), device_map="cpu").eval()
     package_dir("gptqmodel", "gptqmodel==7.7.0 (and what peers.py lists)")
     awq = AutoConfig.from_pretrained(path).quantization_config["quant_method"] == "awq"

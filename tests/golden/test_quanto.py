@@ -106,7 +106,9 @@ def test_checkpoints_of_quanto(made: Path, name: str, tmp_path: Path) -> None:
         assert torch.equal(checkpoint.weights[module].dequantize(weight.dtype), weight)
         assert torch.equal(model.get_submodule(module).dequantize(weight.dtype), weight)
     with torch.no_grad():
-        assert torch.equal(model(IDS).logits, load_file(made / "logits.safetensors")[name])
+        difference = (model(IDS).logits - load_file(made / "logits.safetensors")[name]).abs().max()
+    # Sums behind products of float8 numbers come in another order on some CPUs: the last bit of logits below 1.
+    assert difference <= (2**-24 if name == "float8-activations" else 0.0)
     model.save_pretrained(tmp_path)
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors"))
     assert json.loads((tmp_path / QMAP).read_text()) == json.loads((folder / QMAP).read_text())
