@@ -32,7 +32,6 @@ from lowbit.nn.swap import is_linear
 LEARNING: Final = TuneConfig(epochs=12)
 _SEQUENCES: Final = 16  # that sensitivities are measured on
 _FORMATS: Final = ("gptq", "compressed-tensors")
-_LEARNED_WEIGHT_BYTES: Final = 32
 _MEASURED_WEIGHT_BYTES: Final = 12
 
 Advance = Callable[[int, str], object]

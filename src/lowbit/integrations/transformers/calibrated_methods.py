@@ -23,8 +23,6 @@ from lowbit.calibration.units import Unit
 from lowbit.errors import PlanError
 from lowbit.integrations.transformers.calibrate import Calibrated, tune_settings
 
-_FEW: Final = 2  # sequences that a block is traced with
-
 
 @dataclass(frozen=True)
 class Settings:

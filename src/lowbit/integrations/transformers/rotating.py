@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from lowbit.errors import PlanError
 from lowbit.integrations.transformers.streaming import Streamed
 
 _SEQUENCES, _TOKENS = 2, 64
-HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True)
