@@ -6,7 +6,7 @@ What each ingredient brings is measured in ``docs/quality.md``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,11 +16,12 @@ from torch import Tensor
 from lowbit.algorithms.gptq import Gptq
 from lowbit.calibration.allocate import Option, Sensitivity, allocate, measure_sensitivity
 from lowbit.calibration.data import Calibration
+from lowbit.calibration.distributed import share, world
 from lowbit.calibration.tune import TuneConfig
 from lowbit.calibration.units import Unit, find_units
 from lowbit.core import Kept
 from lowbit.errors import PlanError
-from lowbit.integrations.transformers.calibrate import Calibrated, free_memory, plan_for, tune_settings
+from lowbit.integrations.transformers.calibrate import Calibrated, free_memory, plan_for, repeatable, tune_settings
 from lowbit.integrations.transformers.methods import make_recipe, method_named
 from lowbit.integrations.transformers.methods.compressed_tensors import CompressedTensorsConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig
@@ -85,6 +86,23 @@ def choose(
     formats = _FORMATS if form is None else (form,)
     if unknown := [name for name in formats if name not in _FORMATS]:
         raise PlanError(f"best writes {' or '.join(_FORMATS)}, not {unknown[0]}")
+    # One process decides for all: on another device the last bits of a sensitivity, and so a width, may differ.
+    mine = _widths(source, calibration, target_bits, device, formats, skip, advance) if world()[0] == 0 else None
+    config, bits, divergence = share(mine, 0)
+    return Choice(config, method_for(learning, seconds), bits, divergence)
+
+
+@repeatable()
+def _widths(
+    source: Path,
+    calibration: Calibration,
+    target_bits: float,
+    device: torch.device,
+    formats: Sequence[str],
+    skip: Sequence[str],
+    advance: Advance,
+) -> tuple[Any, float, float]:
+    """The config with the least expected divergence, its bits per weight, and that divergence."""
     model = _load(source, device)
     tokens = torch.stack([sample for sample in calibration.samples if len(sample) == calibration.longest])
     chosen: dict[str, Any] = {}
@@ -103,9 +121,7 @@ def choose(
             reasons.append(f"{name}: {error}")
     if not chosen:
         raise PlanError("; ".join(reasons))
-    config, bits, divergence = min(chosen.values(), key=lambda entry: entry[2])
-    method = method_for(learning, seconds)
-    return Choice(config, method, bits, divergence)
+    return min(chosen.values(), key=lambda entry: entry[2])
 
 
 def method_for(learning: TuneConfig | None, seconds: float | None = None) -> Calibrated:
@@ -212,8 +228,3 @@ def _config(form: str, bits: int, size: int, skip: Sequence[str]) -> Any:
     weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": size}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     return CompressedTensorsConfig(config_groups=groups, ignore=["lm_head", *skip])
-
-
-def without(choice: Choice, **changes: Any) -> Choice:
-    """The choice with another method, for ablations."""
-    return replace(choice, method=replace(choice.method, **changes))

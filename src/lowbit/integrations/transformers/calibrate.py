@@ -439,18 +439,28 @@ def free_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def solid_matmuls() -> Iterator[None]:
-    """Sums in the order that makes them come out the same every time, and products of 16-bit numbers exactly."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
-    # The inputs of Hessians are 16-bit numbers, which TF32 holds; their products are added in fp32.
-    torch.backends.cuda.matmul.allow_tf32 = True
+def repeatable() -> Iterator[None]:
+    """Sums in the order that makes them come out the same every time."""
+    before = torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before[0]
-        torch.use_deterministic_algorithms(before[1])
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def solid_matmuls() -> Iterator[None]:
+    """:func:`repeatable`, and products of 16-bit numbers exactly."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    # The inputs of Hessians are 16-bit numbers, which TF32 holds; their products are added in fp32.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with repeatable():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _step_of(kept: tuple[dict[str, Tensor], dict[str, Any]]) -> tuple[dict[str, Tensor], int]:
