@@ -30,7 +30,7 @@ import lowbit
 from lowbit.algorithms.gptq import Gptq
 from lowbit.bench.perplexity import perplexity, token_windows
 from lowbit.calibration.data import Calibration, DataConfig, load_calibration
-from lowbit.calibration.tune import SIGN_ROUND, TuneConfig
+from lowbit.calibration.tune import TuneConfig
 from lowbit.integrations.transformers import best
 from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun, versions
 from lowbit.integrations.transformers.calibrated_methods import Settings, calibrated_method
@@ -52,7 +52,11 @@ def gptq(
 
 
 def autoround(bits: int, size: int, *, symmetric: bool) -> Row:
-    return gptq(bits, size, symmetric=symmetric, tune=SIGN_ROUND)
+    def make(source: Path, calibration: Calibration, device: torch.device) -> Made:
+        config = lowbit.GPTQConfig(bits, group_size=size, sym=symmetric)
+        return config, calibrated_method("autoround", Settings(symmetric=symmetric))
+
+    return make
 
 
 def chosen(target: float, **changes: Any) -> Row:
@@ -115,6 +119,7 @@ ROWS: dict[str, Row] = {
     "aqlm 2x8": aqlm(2, 8),
     "aqlm 3x8": aqlm(3, 8),
     "autoround 4-bit g128 sym": autoround(4, 128, symmetric=True),
+    "autoround 3-bit g128 sym": autoround(3, 128, symmetric=True),
     "autoround 2-bit g64": autoround(2, 64, symmetric=False),
     "best 4.25": chosen(4.25),
     "best 3.25": chosen(3.25),

@@ -14,16 +14,19 @@ import datetime as dt
 import functools
 import itertools
 import json
+import math
 import platform
 import shutil
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor
@@ -210,6 +213,7 @@ class MemoryWatch:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_host_memory_stats()
         self._thread.start()
         return self
 
@@ -232,6 +236,7 @@ class MemoryWatch:
         found = {"host anonymous, peak": self.host, "host anonymous, before": self.host_before}
         if self._device.type == "cuda":
             found |= {
+                "host pinned, peak": torch.cuda.host_memory_stats().get("allocated_bytes.peak", math.nan),
                 "device tensors, peak": torch.cuda.max_memory_allocated(self._device),
                 "device reserved by torch, peak": torch.cuda.max_memory_reserved(self._device),
                 "device in use by all, peak": self.used,
@@ -281,7 +286,7 @@ def measure(shape: str, settings: str, arguments: argparse.Namespace, work: Path
         last = record["seconds_of_blocks"][-1]
         record["seconds_of_all_blocks"] = {"blocks": blocks, "seconds": blocks * last, "hours": blocks * last / 3600}
     if arguments.gptqmodel:
-        record["gptqmodel"] = run_gptqmodel(source, calibration)
+        record["gptqmodel"] = run_gptqmodel(source, work / "gptqmodel", calibration, device)
     return record
 
 
@@ -320,23 +325,56 @@ def _differences(marks: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(marks)]
 
 
-def run_gptqmodel(source: Path, calibration: Calibration) -> dict[str, Any]:
-    """The same model, data and width with gptqmodel; why not, where that can't be done."""
+def run_gptqmodel(source: Path, result: Path, calibration: Calibration, device: torch.device) -> dict[str, Any]:
+    """The same model, data and width with gptqmodel, from folder to folder; why not, where that can't be done.
+
+    Its extensions are compiled before the clock starts: that takes a minute, once per machine. It wants a tokenizer.
+    """
     try:
         import gptqmodel  # type: ignore[import-not-found]
     except Exception as error:  # noqa: BLE001 - its imports compile things, and raise whatever that raises
         return {"not importable": f"{type(error).__name__}: {error}"[:300]}
+    record: dict[str, Any] = {"version": gptqmodel.__version__}
     began = time.perf_counter()
     try:
-        config = gptqmodel.QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False)
-        model = gptqmodel.GPTQModel.load(str(source), config)
+        write_tokenizer(source)
+        record["compiled"] = compile_gptqmodel(device)
+        record["seconds_to_compile"] = time.perf_counter() - began
         data = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in calibration.samples]
-        loaded = time.perf_counter()
-        model.quantize(data, batch_size=4)
+        marks = [time.perf_counter()]
+        with MemoryWatch(device) as memory:
+            config = gptqmodel.QuantizeConfig(bits=4, group_size=128, sym=True, desc_act=False, device=device.type)
+            model = gptqmodel.GPTQModel.load(str(source), config)
+            marks.append(time.perf_counter())
+            model.quantize(data, batch_size=4)
+            marks.append(time.perf_counter())
+            model.save(str(result))
+            marks.append(time.perf_counter())
     except Exception as error:  # noqa: BLE001
-        return {"version": gptqmodel.__version__, "failed": f"{type(error).__name__}: {error}"[:300]}
-    ended = time.perf_counter()
-    return {"version": gptqmodel.__version__, "seconds": ended - began, "seconds_to_load": loaded - began}
+        traceback.print_exc()
+        return record | {"failed": f"{type(error).__name__}: {error}"[:300]}
+    parts = dict(zip(("opening", "quantizing", "writing the checkpoint"), _differences(marks), strict=True))
+    return record | {"seconds": marks[-1] - marks[0], "seconds_of_parts": parts, "gib": memory.gib()}
+
+
+def compile_gptqmodel(device: torch.device) -> dict[str, bool]:
+    """Which of the extensions that gptqmodel's GPTQ uses on the device there are; without one it takes a slower way."""
+    if device.type == "cuda":
+        from gptqmodel.quantization.gptq_cuda import block_update_available  # type: ignore[import-not-found]
+
+        return {"gptq_block": block_update_available()}
+    from gptqmodel import extension
+
+    return {"pack_block_cpu": extension.is_available("pack_block_cpu")}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Put a tokenizer beside the checkpoint, with one word for each number."""
+    size = transformers.AutoConfig.from_pretrained(folder).vocab_size
+    words = tokenizers.models.WordLevel({f"<{number}>": number for number in range(size)}, unk_token="<0>")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), unk_token="<0>", bos_token="<1>", eos_token="<2>", pad_token="<2>"
+    ).save_pretrained(folder)
 
 
 def limit_device(gib: float, device: torch.device) -> None:

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 import decoders
 import lowbit
 from lowbit.calibration.data import Calibration, load_calibration
+from lowbit.calibration.memory import free_memory
 from lowbit.calibration.tune import TuneConfig, divergence
 from lowbit.core import QuantTensor
 from lowbit.errors import PlanError
 from lowbit.integrations.transformers import best, calibrate
-from lowbit.integrations.transformers.calibrate import CalibratedRun, free_memory
+from lowbit.integrations.transformers.calibrate import CalibratedRun
 
 CPU = torch.device("cpu")
 LEARNING = TuneConfig(epochs=12, batch=4, rate=2e-2, scale_rate=5e-3)

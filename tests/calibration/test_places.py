@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.calibration import activations
 from lowbit.calibration.activations import Activations, Place, choose_place
+from lowbit.calibration.memory import free_memory
 
 CPU = torch.device("cpu")
 PLACES: list[Place] = ["device", "host", "disk"]
@@ -68,7 +70,27 @@ def test_a_folder_that_is_gone_is_an_os_error(tmp_path: Path) -> None:
     assert len(kept) == 0
 
 
-def test_the_host_holds_a_gigabyte() -> None:
+def test_the_host_holds_three_gigabytes_and_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "free_memory", lambda device: 100 << 30)
+    assert choose_place(3 << 30, CPU) == "host"
+    assert choose_place((3 << 30) + 1, CPU) == "disk"
+    assert choose_place(100, CPU, host_limit=99) == "disk"
+    monkeypatch.setattr(activations, "free_memory", lambda device: 4 << 30)
     assert choose_place(1 << 30, CPU) == "host"
     assert choose_place((1 << 30) + 1, CPU) == "disk"
-    assert choose_place(100, CPU, host_limit=99) == "disk"
+
+
+def test_a_device_holds_them_where_it_has_four_times_as_much_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"cuda": 8 << 30, "cpu": 100 << 30}
+    monkeypatch.setattr(activations, "free_memory", lambda device: free[device.type])
+    assert choose_place(2 << 30, torch.device("cuda")) == "device"
+    assert choose_place((2 << 30) + 1, torch.device("cuda")) == "host"
+
+
+def test_what_torch_may_not_take_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.1)
+    assert free_memory(torch.device("cuda")) == 5 << 30
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    assert free_memory(torch.device("cuda")) == 60 << 30

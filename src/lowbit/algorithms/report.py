@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from lowbit.algorithms.statistics import Statistics
+from lowbit.core import QuantTensor
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -26,3 +31,19 @@ class LayerReport:
     weight_error: float
     output_error: float
     notes: tuple[str, ...] = ()
+
+
+def measured(weight: Tensor, tensor: QuantTensor, statistics: Statistics) -> LayerReport:
+    """The errors of a weight ``fp32 [out, in]`` that an algorithm made which doesn't report any."""
+    difference = weight - tensor.to(str(weight.device)).dequantize()
+    relative = float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
+    output = relative
+    if statistics.hessian is not None:
+        output = _quadratic(difference, statistics.hessian) / max(1e-30, _quadratic(weight, statistics.hessian))
+    elif (importance := statistics.importance()) is not None:
+        output = float((difference.square() @ importance).sum() / (weight.square() @ importance).sum().clamp(min=1e-30))
+    return LayerReport(0.0, 0, False, relative, output)
+
+
+def _quadratic(weight: Tensor, hessian: Tensor) -> float:
+    return float(((weight @ hessian) * weight).sum())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowbit.calibration.memory import free_memory
+
 Place = Literal["device", "host", "disk"]
+HOST_LIMIT: Final = 3 << 30
 
 
 class Activations:
@@ -77,14 +80,14 @@ class Activations:
         return len(self._held) + len(self._files)
 
 
-def choose_place(nbytes: int, device: torch.device, host_limit: int = 1 << 30) -> Place:
+def choose_place(nbytes: int, device: torch.device, host_limit: int = HOST_LIMIT) -> Place:
     """Where so many bytes go: to the device if it has four times as much free, else to the host, else to files.
 
     Args:
         nbytes: of all activations that are kept at once.
         device: where the work is done.
-        host_limit: bytes of the host's memory that activations may take.
+        host_limit: bytes of the host's memory that activations may take, if they are no more than a quarter of it.
     """
-    if device.type == "cuda" and 4 * nbytes <= torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and 4 * nbytes <= free_memory(device):
         return "device"
-    return "host" if nbytes <= host_limit else "disk"
+    return "host" if nbytes <= min(host_limit, free_memory(torch.device("cpu")) // 4) else "disk"

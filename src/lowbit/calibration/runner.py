@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowbit.algorithms.base import Algorithm
 from lowbit.algorithms.statistics import DEVIATION, Statistics
+from lowbit.calibration.activations import HOST_LIMIT
 from lowbit.calibration.capture import Captured
 from lowbit.calibration.distributed import (
     gather,
@@ -66,7 +67,7 @@ class RunConfig:
     prepare: Prepare | None = None
     prepare_needs: frozenset[str] = frozenset()
     dtype: torch.dtype | None = None
-    host_limit: int = 1 << 30
+    host_limit: int = HOST_LIMIT
 
 
 class Runner:

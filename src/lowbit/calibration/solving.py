@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowbit.algorithms.base import Algorithm
-from lowbit.algorithms.report import LayerReport
+from lowbit.algorithms.report import LayerReport, measured
 from lowbit.algorithms.statistics import Statistics
 from lowbit.calibration.job import BlockResult
 from lowbit.calibration.units import Unit
@@ -42,7 +42,7 @@ def solve(
                 made.append(single(weight, unit.spec, statistics))
                 continue
             tensor = algorithm.calibrated(weight, unit.spec, statistics)
-        made.append((tensor, measure(weight, tensor, statistics)))
+        made.append((tensor, measured(weight, tensor, statistics)))
     return made
 
 
@@ -53,22 +53,6 @@ def _about(units: Sequence[Unit]) -> Iterator[None]:
         yield
     except PlanError as error:
         raise PlanError(f"{', '.join(unit.name for unit in units)}: {error}") from error
-
-
-def measure(weight: Tensor, tensor: QuantTensor, statistics: Statistics) -> LayerReport:
-    """The errors of a weight ``fp32 [out, in]`` that an algorithm made which doesn't report any."""
-    difference = weight - tensor.to(str(weight.device)).dequantize()
-    relative = float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
-    output = relative
-    if statistics.hessian is not None:
-        output = _quadratic(difference, statistics.hessian) / max(1e-30, _quadratic(weight, statistics.hessian))
-    elif (importance := statistics.importance()) is not None:
-        output = float((difference.square() @ importance).sum() / (weight.square() @ importance).sum().clamp(min=1e-30))
-    return LayerReport(0.0, 0, False, relative, output)
-
-
-def _quadratic(weight: Tensor, hessian: Tensor) -> float:
-    return float(((weight @ hessian) * weight).sum())
 
 
 def describe(

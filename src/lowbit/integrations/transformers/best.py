@@ -17,11 +17,12 @@ from lowbit.algorithms.gptq import Gptq
 from lowbit.calibration.allocate import Option, Sensitivity, allocate, measure_sensitivity
 from lowbit.calibration.data import Calibration
 from lowbit.calibration.distributed import share, world
+from lowbit.calibration.memory import free_memory
 from lowbit.calibration.tune import TuneConfig
 from lowbit.calibration.units import Unit, find_units
 from lowbit.core import Kept
 from lowbit.errors import PlanError
-from lowbit.integrations.transformers.calibrate import Calibrated, free_memory, plan_for, repeatable, tune_settings
+from lowbit.integrations.transformers.calibrate import Calibrated, plan_for, repeatable, tune_settings
 from lowbit.integrations.transformers.methods import make_recipe, method_named
 from lowbit.integrations.transformers.methods.compressed_tensors import CompressedTensorsConfig
 from lowbit.integrations.transformers.methods.gptq import GPTQConfig

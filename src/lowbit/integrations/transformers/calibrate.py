@@ -21,6 +21,7 @@ from lowbit.algorithms import Algorithm
 from lowbit.calibration.data import Calibration, check_ids
 from lowbit.calibration.distributed import gather, world
 from lowbit.calibration.job import BlockResult, Job
+from lowbit.calibration.memory import free_memory
 from lowbit.calibration.rounding import can_learn
 from lowbit.calibration.runner import RunConfig, Runner, Tell
 from lowbit.calibration.stacks import Stack, block_lists, find_stacks
@@ -425,17 +426,6 @@ def _version(package: str) -> str:
 def device_name(device: torch.device) -> str:
     """Results on different kinds of devices differ in their last bits."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had; of the host's memory also what only caches files."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

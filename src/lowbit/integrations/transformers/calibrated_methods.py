@@ -15,6 +15,7 @@ from lowbit.algorithms.awq import ActivationAware
 from lowbit.algorithms.ggml import GgmlBlocks
 from lowbit.algorithms.ggml_feedback import ErrorFeedbackBlocks
 from lowbit.algorithms.gptq import Gptq
+from lowbit.algorithms.signround import SignRoundStart
 from lowbit.algorithms.statistics import HESSIAN, MAGNITUDES, Statistics
 from lowbit.calibration.equalize import equalize_block
 from lowbit.calibration.pairs import Pair, find_pairs
@@ -108,7 +109,7 @@ def _awq(settings: Settings) -> Calibrated:
 
 def _autoround(settings: Settings) -> Calibrated:
     tune: TuneConfig = replace(SIGN_ROUND, steps=settings.steps, seed=settings.seed)
-    algorithm = Gptq(damp_percent=settings.damp_percent, symmetric=settings.symmetric)
+    algorithm = SignRoundStart(settings.damp_percent, settings.symmetric)
     return Calibrated(_always(algorithm), "autoround", tune=tune, settings={"tune": tune_settings(tune)})
 
 
