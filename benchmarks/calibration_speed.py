@@ -380,7 +380,7 @@ def write_tokenizer(folder: Path) -> None:
 def limit_device(gib: float, device: torch.device) -> None:
     """Let torch reserve no more than so much, as if the device had no more."""
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device.index or 0)
 
 
 def main() -> None:

@@ -67,6 +67,10 @@ def test_contradictions_are_refused(options: dict[str, Any], reason: str) -> Non
         ({"method": "rtn", "format": "eetq"}, {"quant_method": "eetq", "weights": "int8"}),
         ({"method": "rtn", "format": "quanto"}, {"weights": "int4"}),
         ({"method": "rtn", "format": "compressed-tensors", "bits": 5}, {"ignore": ["lm_head"]}),
+        (
+            {"method": "rtn", "format": "compressed-tensors", "skip": ("*.0.*", "q_proj")},
+            {"ignore": ["lm_head", r"re:.*\.0\..*$", r"re:(?:(?:.*\.)?q_proj$|q_proj\.)"]},
+        ),
         ({"method": "rtn", "format": "torchao"}, {"quant_method": "torchao"}),
     ],
 )

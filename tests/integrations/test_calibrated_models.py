@@ -179,6 +179,25 @@ def test_each_expert_gets_its_own(moe: Path, texts: list[str], tokenizer: Any, t
     assert all(one[name].equal(other[name]) for name in one)
 
 
+def test_ready_ids_need_no_tokenizer(short: Path, texts: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(short, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    ids = [tokenizer(text)["input_ids"][:LENGTH] for text in texts]
+    model = lowbit.AutoModelForCausalLM.from_pretrained(bare, quantization_config=gptq(ids))
+    assert model.config.quantization_config.bits == 4
+    with pytest.raises(PlanError, match="no tokenizer can be loaded"):
+        lowbit.AutoModelForCausalLM.from_pretrained(bare, quantization_config=gptq(texts))
+
+
+def test_static_groups_store_no_group_index(short: Path, texts: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    config = gptq(texts, tokenizer, desc_act=True, static_groups=True)
+    assert config.to_dict()["static_groups"] is True and "static_groups" not in gptq().to_dict()
+    model = lowbit.AutoModelForCausalLM.from_pretrained(short, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    specs = {weight.spec for weight in lowbit.open_checkpoint(tmp_path).weights.values()}
+    assert specs and not any(spec.grouping.permuted for spec in specs)
+
+
 def test_a_dataset_by_name_without_the_hub(
     short: Path, tokenizer: Any, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from lowbit.algorithms import integer_spec, quantize
-from lowbit.core import Kept
+from lowbit.core import Kept, patterns
 from lowbit.errors import PlanError
 from lowbit.nn import QuantLinear, dequantize_model, plan_model, quantize_model
-from lowbit.nn.planning import default_keep, matches
+from lowbit.nn.planning import as_expression, default_keep, matches
 
 SPEC = integer_spec(4, 32)
 
@@ -157,3 +159,33 @@ def test_conv1d_is_a_transposed_linear_layer() -> None:
 def test_ordinary_expressions_are_patterns() -> None:
     for pattern in (r"model\.layers\.(1|2)\.mlp", r"(?:encoder|decoder)\..*", r"layers\.\d+\.fc[12]"):
         matches("model.layers.1.mlp", [pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "model.layers.1",
+        "lm_head.weight",
+        "*layers.0.*",
+        "model.*.q_pro?",
+        ".*mlp\\.(up|down)_proj",
+        ".*q_proj",
+        "a-b",
+    ],
+)
+def test_an_expression_finds_what_its_pattern_does(pattern: str) -> None:
+    names = ["lm_head", "a-b", "a-b.c", "xa-b", "q_proj", "model.layers.10.self_attn.q_proj", "model.layers.1.mlp"]
+    names += [
+        f"model.layers.{layer}.{part}" for layer in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj", "norm")
+    ]
+    names += [
+        "model.layers.0.self_attn.q_proj.lora",
+        "model.layers.0.self_attn.my_q_proj",
+        "layers.0.x",
+        "model.layers.1",
+    ]
+    expected = [name for name in names if matches(name, [pattern])]
+    assert [name for name in names if re.match(as_expression(pattern), name)] == expected
+    assert [name for name in names if patterns.match(as_expression(pattern), name)] == expected
+    assert 0 < len(expected) < len(names)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.calibration.data import max_positions
 from lowbit.errors import PlanError
 
 # Windows are evaluated together up to this many tokens. LLM.int8() picks its outlier columns per batch, so that its
@@ -56,12 +57,6 @@ def token_windows(tokenizer: Any, text: str, seq_len: int) -> Tensor:
     if count == 0:
         raise PlanError(f"the text has {ids.numel()} tokens, which is less than one window of {seq_len}")
     return ids[: count * seq_len].view(count, seq_len)
-
-
-def max_positions(config: Any) -> int | None:
-    """The longest sequence that a model's config allows, or None where it names no limit."""
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def check_seq_len(config: Any, seq_len: int) -> None:

@@ -126,6 +126,12 @@ class Calibration:
                 yield torch.stack(group[start : start + size])
 
 
+def max_positions(config: Any) -> int | None:
+    """The longest sequence that a model's config allows, or None where it names no limit."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def check_length(limit: int | None, length: int) -> None:
     """Refuse samples that are longer than a model allows.
 

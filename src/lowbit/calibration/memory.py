@@ -22,5 +22,6 @@ def free_memory(device: torch.device) -> int:
 def _free_on_cuda(device: torch.device) -> int:
     """What the device has left, or torch where ``set_per_process_memory_fraction`` gave it less."""
     free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    share = torch.cuda.get_per_process_memory_fraction(index)
     return max(0, min(int(free), int(share * total) - torch.cuda.memory_reserved(device)))

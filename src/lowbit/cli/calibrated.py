@@ -300,8 +300,7 @@ def _check_target(request: CalibratedRequest, work: Work) -> None:
 def _data(work: Work) -> Calibration:
     from transformers import AutoConfig
 
-    from lowbit.bench.perplexity import max_positions
-    from lowbit.calibration.data import DataConfig, check_length, load_calibration
+    from lowbit.calibration.data import DataConfig, check_length, load_calibration, max_positions
 
     limit = max_positions(AutoConfig.from_pretrained(work.source))
     length = work.length or min(_LENGTH, limit or _LENGTH)

@@ -191,15 +191,20 @@ def _compressed_integers(request: Request) -> Any:
         **({"group_size": request.group_size} if grouped else {}),
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return lowbit.CompressedTensorsConfig(config_groups=groups, ignore=["lm_head", *(request.skipped or ())])
+    return lowbit.CompressedTensorsConfig(config_groups=groups, ignore=_ignored(request))
 
 
 def _compressed_float8(request: Request) -> Any:
     import lowbit
 
-    return lowbit.CompressedTensorsConfig(
-        config_groups={"FP8_DYNAMIC": ["Linear"]}, ignore=["lm_head", *(request.skipped or ())]
-    )
+    return lowbit.CompressedTensorsConfig(config_groups={"FP8_DYNAMIC": ["Linear"]}, ignore=_ignored(request))
+
+
+def _ignored(request: Request) -> list[str]:
+    """compressed-tensors knows full names and expressions, no other patterns."""
+    from lowbit.nn.planning import as_expression
+
+    return ["lm_head", *(f"re:{as_expression(pattern)}" for pattern in request.skipped or ())]
 
 
 def _quanto(request: Request) -> Any:

@@ -119,6 +119,20 @@ def matches(name: str, wanted: Sequence[str]) -> str | None:
     return None
 
 
+def as_expression(pattern: str) -> str:
+    """A regular expression that ``re.match`` finds in the names that :func:`matches` finds `pattern` in.
+
+    For formats that store what is left out as expressions. Names are taken to hold no line breaks.
+    """
+    if _PLAIN.fullmatch(pattern):
+        plain = re.escape(pattern.removesuffix(".weight"))
+        return rf"(?:(?:.*\.)?{plain}$|{plain}\.)"
+    if not _GLOB.fullmatch(pattern):
+        return rf"(?:{pattern})(?:\.|$)"
+    glob = "".join({"*": ".*", "?": "."}.get(letter, re.escape(letter)) for letter in pattern)
+    return f"{glob}$" if pattern[0] in "*?" else rf"(?:{glob}$|(?:{pattern})(?:\.|$))"
+
+
 def _matches(name: str, pattern: str) -> bool:
     if not isinstance(pattern, str) or not pattern or len(pattern) > _PATTERN_LIMIT:
         raise PlanError(f"a module pattern is a text of 1 to {_PATTERN_LIMIT} characters, not {pattern!r:.80}")

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
 from lowbit.algorithms import Algorithm
-from lowbit.calibration.data import DataConfig, check_ids, load_calibration
+from lowbit.calibration.data import DataConfig, check_ids, load_calibration, max_positions
 from lowbit.calibration.units import Unit
 from lowbit.core import QuantSpec, QuantTensor
 from lowbit.errors import PlanError
@@ -87,7 +88,7 @@ class CalibratedOnLoad:
         method = calibrated_method(str(getattr(config.quant_method, "value", config.quant_method)), _settings(config))
         tokenizer = _tokenizer(config, folder)
         count = len(config.dataset) if isinstance(config.dataset, list | tuple) else 0
-        limit = _positions(folder)
+        limit = max_positions(AutoConfig.from_pretrained(folder))
         length = getattr(config, "model_seqlen", None) or min(LENGTH, limit or LENGTH)
         data = DataConfig(samples=max(_SAMPLES, count), length=length)
         calibration = load_calibration(config.dataset, tokenizer, data)
@@ -133,23 +134,22 @@ def _settings(config: Any) -> Settings:
     )
 
 
-def _tokenizer(config: Any, folder: Path) -> Any:
-    from transformers import AutoTokenizer
+def _has_texts(dataset: Any) -> bool:
+    return isinstance(dataset, str) or (
+        isinstance(dataset, list | tuple) and any(isinstance(entry, str) for entry in dataset)
+    )
 
+
+def _tokenizer(config: Any, folder: Path) -> Any:
+    """The config's, else the checkpoint's; None where there is none and ready ids may do without."""
     given = getattr(config, "tokenizer", None)
     if given is not None and not isinstance(given, str):
         return given
     try:
         return AutoTokenizer.from_pretrained(given or folder)
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if given is None and not _has_texts(config.dataset):
+            return None
         raise PlanError(
             f"no tokenizer can be loaded from '{given or folder}' ({error}); give the config one: tokenizer=..."
         ) from error
-
-
-def _positions(folder: Path) -> int | None:
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(folder)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None

@@ -31,7 +31,8 @@ class GPTQConfig(transformers.GPTQConfig):
 
     `modules_to_not_convert` takes the patterns of :func:`lowbit.nn.planning.matches`. The modules that were left out
     are stored as AWQ does, and besides as GPTQModel and vLLM read it: ``dynamic``, with ``-:`` and a regular expression
-    each. `dynamic` may also give modules other `bits`, `group_size`, `sym` and `desc_act`.
+    each. `dynamic` may also give modules other `bits`, `group_size`, `sym` and `desc_act`. `static_groups` is for a
+    `dataset`: scales are chosen before any column is rounded, so that with `desc_act` no group index is stored.
 
     Raises:
         ValueError: both `use_exllama` and `disable_exllama` are given, or the version is not 1 or 2.
@@ -49,6 +50,7 @@ class GPTQConfig(transformers.GPTQConfig):
         modules_in_block_to_quantize: list[list[str]] | None = None,
         dynamic: dict[str, Any] | None = None,
         is_marlin_format: bool = False,
+        static_groups: bool = False,
         **kwargs: Any,
     ) -> None:
         if use_exllama is not None and disable_exllama is not None:
@@ -65,6 +67,7 @@ class GPTQConfig(transformers.GPTQConfig):
         self.use_exllama = use_exllama
         self.modules_to_not_convert = modules_to_not_convert
         self.dynamic = dynamic
+        self.static_groups = static_groups
 
     def get_loading_attributes(self) -> dict[str, Any]:
         return {**super().get_loading_attributes(), "use_exllama": self.use_exllama}
@@ -74,7 +77,7 @@ class GPTQConfig(transformers.GPTQConfig):
         data.pop("use_exllama", None)
         names = [name for name in data["modules_to_not_convert"] or () if _MODULE_NAME.fullmatch(name)]
         data["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in names} | (data["dynamic"] or {})
-        for name in ("modules_to_not_convert", "dynamic"):
+        for name in ("modules_to_not_convert", "dynamic", "static_groups"):
             if not data[name]:
                 del data[name]
         if self.format == "marlin":
