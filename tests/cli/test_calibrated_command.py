@@ -21,6 +21,7 @@ import lowbit as library
 from lowbit import open_checkpoint
 from lowbit.calibration.job import Job
 from lowbit.integrations.transformers import calibrated_methods
+from lowbit.wire.gguf import open_gguf
 from outcome import Lowbit, Outcome
 
 GROUPS = ("--group-size", "64")
@@ -166,6 +167,23 @@ def test_a_gguf_file(lowbit: Lowbit, short: Path, data: tuple[object, ...], tmp_
     found = logits(tmp_path / "model.gguf")
     assert float((found - expected).norm() / expected.norm()) < 0.2
     assert "exists; --overwrite replaces it" in lowbit(*command).mistake
+
+
+def test_a_gguf_file_of_few_bits(lowbit: Lowbit, short: Path, data: tuple[object, ...], tmp_path: Path) -> None:
+    """A mixture that needs the data; and what is skipped stays as it is."""
+    file = tmp_path / "model.gguf"
+    outcome = lowbit("quantize", short, file, "--method", "gguf:IQ2_XS", *ATTENTION, "--skip", "*.1.self_attn.*", *data)
+    assert outcome.status == 0, outcome.err
+    held = open_gguf(file)
+    types = {name: info.type.name for name, info in held.tensors.items() if len(info.shape) == 2}
+    assert types.pop("token_embd.weight") == "Q5_K" and types.pop("blk.0.attn_v.weight") == "Q2_K"
+    assert {name for name, kind in types.items() if kind == "IQ2_XS"} == {
+        f"blk.0.attn_{part}.weight" for part in ("q", "k", "output")
+    }
+    assert len(types) == 3 + 4 + 2 * 3 and set(types.values()) == {"IQ2_XS", "BF16"}
+    assert held.metadata["general.file_type"] == 20
+    refusal = lowbit("convert", short, tmp_path / "other.gguf", "--to", "gguf:IQ2_XS").mistake
+    assert "--method gguf:IQ2_XS --dataset FILE" in refusal and "Q2_K, IQ3_S or a larger one" in refusal
 
 
 def stopped(lowbit: Lowbit, command: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> Outcome:

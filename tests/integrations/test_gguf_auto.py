@@ -206,8 +206,10 @@ def test_what_contradicts_the_file_is_refused(q4: Path, small: Path, tmp_path: P
         load(small, quantization_config=lowbit.GgufConfig())
     with pytest.raises(FormatError, match="no such mixture"):
         load(small, quantization_config=lowbit.GgufConfig(type="Q4_9"))
-    with pytest.raises(FormatError, match="no such mixture"):
+    with pytest.raises(PlanError, match="--method gguf:IQ2_XS --dataset FILE"):
         write_gguf_model(small, tmp_path / "x.gguf", "IQ2_XS")
+    with pytest.raises(PlanError, match="--method gguf:IQ1_S --dataset FILE"):
+        load(small, quantization_config=lowbit.GgufConfig(type="IQ1_S"))
     for wrong in ({"type": 4}, {"modules_to_not_convert": "lm_head"}):
         with pytest.raises(FormatError):
             lowbit.GgufConfig(**wrong)

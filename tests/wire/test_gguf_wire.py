@@ -59,6 +59,14 @@ def test_types_in_the_header() -> None:
         WIRE.spec(WIRE.of(bound, "e"))
 
 
+def test_what_was_skipped_is_known() -> None:
+    settings = GgufSettings("Q4_K_M", ("lm_head", "*.k_proj"))
+    assert WIRE.parse(WIRE.config(settings)) == settings
+    for wrong in ("lm_head", [3], {"lm_head": 1}):
+        with pytest.raises(FormatError, match="modules_to_not_convert is not a list of names"):
+            WIRE.parse({"quant_method": "gguf", "modules_to_not_convert": wrong})
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"Q9": ["a"]}', '{"F16": ["a"]}', '{"Q4_K": "a"}', '{"Q4_K": [1]}', '{"Q4_K": ["a", "a"]}']
 )

@@ -318,9 +318,9 @@ class CalibratedRun:
 
 
 def plan_for(model: Any, config: Any, dtype: torch.dtype) -> LowbitQuantizer:
-    """The quantizer of a config, with its plan for a model on any device."""
+    """The quantizer of a config, with its plan for a model on any device that is to be calibrated."""
     quantizer = LowbitQuantizer(config, pre_quantized=False)
-    quantizer._plan_dense(model, None, dtype)
+    quantizer._plan_dense(model, None, dtype, calibrated=True)
     if quantizer.plan is not None:
         quantizer.plan = _calibrated_part(quantizer.plan, model)
     return quantizer

@@ -123,7 +123,7 @@ def _weights(method: str) -> Iterator[tuple[QuantTensor, Wire[Any], Any, bool]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 recipe = make_recipe(METHODS[method].config_class(**arguments))
-            choose = recipe.choose_for(_model()) if recipe.choose_for else recipe.spec_for
+            choose = recipe.choose_for(_model(), False) if recipe.choose_for else recipe.spec_for
             spec = choose(_MODULE, _SHAPE, torch.bfloat16)
             if not isinstance(spec, QuantSpec):
                 continue

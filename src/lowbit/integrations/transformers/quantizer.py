@@ -162,7 +162,7 @@ class LowbitQuantizer(HfQuantizer):
             self._plan_packed(model, dtype or torch.get_default_dtype(), checkpoint_files)
         else:
             self._calibrate(model, device_map, checkpoint_files)
-            self._plan_dense(model, device_map, dtype or torch.get_default_dtype())
+            self._plan_dense(model, device_map, dtype or torch.get_default_dtype(), self.calibrated is not None)
 
     def _calibrate(self, model: Any, device_map: Any, checkpoint_files: list[str] | None) -> None:
         """Quantize the checkpoint's weights with the config's data, before any is loaded."""
@@ -213,9 +213,9 @@ class LowbitQuantizer(HfQuantizer):
             ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *(re.escape(name) for name in tensors)}
             model._keys_to_ignore_on_load_unexpected = ignored
 
-    def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype) -> None:
+    def _plan_dense(self, model: Any, device_map: Any, dtype: torch.dtype, calibrated: bool) -> None:
         if self.recipe.choose_for is not None:
-            self.recipe = replace(self.recipe, choose=self.recipe.choose_for(model))
+            self.recipe = replace(self.recipe, choose=self.recipe.choose_for(model, calibrated))
         recipe = self.recipe
         keep = default_keep(model)
         if recipe.only_blocks:

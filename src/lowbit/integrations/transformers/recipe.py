@@ -30,7 +30,8 @@ class Recipe:
         dense_on_cpu: modules that a device map puts on the CPU or on disk stay dense, in fp32.
         choose: the spec of a module (by name, shape and dtype of its weight) that is quantized on the fly, or why it
             stays dense; None where the settings say it all.
-        choose_for: makes `choose` of the model, where it takes more than a module's name to choose.
+        choose_for: makes `choose` of the model, where it takes more than a module's name to choose; told whether the
+            numbers will be chosen with calibration data.
         algorithms: the algorithm of a module, where not all have the same.
     """
 
@@ -43,7 +44,7 @@ class Recipe:
     only_blocks: bool = False
     dense_on_cpu: bool = False
     choose: Choose | None = None
-    choose_for: Callable[[Any], Choose] | None = None
+    choose_for: Callable[[Any, bool], Choose] | None = None
     algorithms: Callable[[str], Algorithm] | None = None
 
     def algorithm_of(self, module: str) -> Algorithm:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.core import BlockCode, IntCode, QuantSpec, QuantTensor
 from lowbit.core.spec import TensorLayout
 from lowbit.errors import FormatError
-from lowbit.wire.base import Json, Wire, require_layout, require_tensor, require_tensors
+from lowbit.wire.base import Json, Wire, names_in, require_layout, require_tensor, require_tensors
 from lowbit.wire.gguf.codec import read_blocks, spec_of, write_blocks
 from lowbit.wire.gguf.codec import type_of as stored_type
 from lowbit.wire.gguf.types import GgmlType
@@ -29,11 +29,13 @@ class GgufSettings:
 
     Attributes:
         label: how the whole was asked for, a type or a mixture such as ``Q4_K_M``; means nothing to a reader.
+        skip: patterns of modules that were to stay dense; mean nothing to a reader either.
         type: of one module's blocks; None for the whole checkpoint.
         types: of each module, where several are known.
     """
 
     label: str | None = None
+    skip: tuple[str, ...] = ()
     type: GgmlType | None = None
     types: Mapping[str, GgmlType] = field(default_factory=dict)
 
@@ -56,10 +58,11 @@ class GgufWire(Wire[GgufSettings]):
             raise FormatError(
                 "quantization_config.type has the wrong type", found=repr(label)[:80], expected="a name such as Q4_K_M"
             )
-        return GgufSettings(label)
+        return GgufSettings(label, names_in(config, "modules_to_not_convert"))
 
     def config(self, settings: GgufSettings) -> dict[str, Any]:
-        return {"quant_method": self.quant_method} | ({"type": settings.label} if settings.label else {})
+        skip = {"modules_to_not_convert": list(settings.skip)} if settings.skip else {}
+        return {"quant_method": self.quant_method} | ({"type": settings.label} if settings.label else {}) | skip
 
     def bind(self, settings: GgufSettings, metadata: Mapping[str, str]) -> GgufSettings:
         """Add the types that the header names.
@@ -78,7 +81,7 @@ class GgufWire(Wire[GgufSettings]):
         return {TYPES_KEY: types_text({module: type_of(spec) for module, (spec, _) in weights.items()})}
 
     def of(self, settings: GgufSettings, module: str) -> GgufSettings:
-        return GgufSettings(settings.label, settings.types.get(module, settings.type))
+        return GgufSettings(settings.label, type=settings.types.get(module, settings.type))
 
     def settings_for(self, spec: QuantSpec) -> GgufSettings:
         return GgufSettings(type=nearest_type(spec))

@@ -17,15 +17,16 @@ from lowbit.core import QuantTensor, respell
 from lowbit.core.respell import simplest
 from lowbit.errors import FormatError, PlanError, SpecError
 from lowbit.integrations.transformers.gguf.tokenizer import tokenizer_metadata, tokenizer_of
+from lowbit.nn.planning import matches
 from lowbit.wire.gguf.architectures import Architecture
 from lowbit.wire.gguf.checkpoint import GgufCheckpointFiles, is_gguf
 from lowbit.wire.gguf.codec import spec_of, write_blocks
 from lowbit.wire.gguf.config import TOKENS, heads_of
 from lowbit.wire.gguf.metadata import facts_of, metadata_of
-from lowbit.wire.gguf.mixtures import Mixture, is_quantized, mixture
+from lowbit.wire.gguf.mixtures import Mixture, ModelFacts, is_quantized, mixture, mixture_name
 from lowbit.wire.gguf.names import Rows, architecture_for, to_gguf
 from lowbit.wire.gguf.types import DTYPES, GgmlType
-from lowbit.wire.gguf.wire import nearest_type
+from lowbit.wire.gguf.wire import GgufSettings, nearest_type
 from lowbit.wire.gguf.writer import Entry, write_gguf
 from lowbit.wire.store import Checkpoint, CheckpointFiles, open_checkpoint, quantization_config
 
@@ -45,11 +46,13 @@ class Weight:
     Attributes:
         shape: as in a checkpoint; of a packed weight ``(out, in)``.
         read: gives it, dense or packed.
+        type: of a packed weight in a checkpoint that has GGUF's types.
     """
 
     shape: tuple[int, ...]
     read: Read
     packed: bool = False
+    type: GgmlType | None = None
 
 
 @dataclass
@@ -60,12 +63,20 @@ class Source:
         config: of Transformers, complete.
         tokenizer: of Transformers, or None.
         weights: by the names of a dense checkpoint.
+        label: of a checkpoint that has GGUF's types, the type or mixture that it was quantized under.
+        skip: patterns of modules that were to stay dense in it.
     """
 
     config: transformers.PretrainedConfig
     tokenizer: Any
     weights: dict[str, Weight]
     name: str = ""
+    label: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def made_as(self, type_name: str) -> bool:
+        """Whether its types were chosen under this very name, and are dense where that was wanted."""
+        return self.label is not None and mixture_name(self.label) == mixture_name(type_name)
 
 
 @dataclass
@@ -96,7 +107,8 @@ def write_gguf_model(
     Args:
         source: a folder, dense or quantized by any format, or a GGUF file.
         type_name: a type (``Q8_0``, ``F16``) or a mixture (``Q4_K_M``); None keeps the numbers of a quantized
-            checkpoint, and of a dense one its dtype.
+            checkpoint, and of a dense one its dtype. Of a checkpoint that was quantized under this name what was
+            quantized keeps its numbers, what was skipped its dtype, and the rest is quantized.
         requantize: whether weights that are quantized already and can't be written to the bit are quantized anew.
         progress: called with the tensor's name, how many are written and how many there are.
         part_bytes: bytes of tensors in each of several files; None for one file.
@@ -106,14 +118,17 @@ def write_gguf_model(
 
     Raises:
         FormatError: llama.cpp has nothing for this model, tokenizer or weight; says what.
+        PlanError: weights can't be made without calibration data.
     """
     opened = open_source(source)
     data = opened.config.to_dict()
     row = architecture_for(data)
     # Some configurations have names of the family's beside their own, which only they resolve.
     data |= {name: getattr(opened.config, name, None) for name in row.config.values()}
-    chosen = None if type_name is None else mixture(type_name)
-    planned = _plan(row, opened, data, chosen)
+    made = type_name is not None and opened.made_as(type_name)
+    # Where weights have been made there was all that it took; others' types don't depend on importance.
+    chosen = None if type_name is None else mixture(type_name, importance=made)
+    planned = _plan(row, opened, data, _Types(row, opened, facts_of(row, data), chosen, made))
     metadata, extra = _metadata(row, opened, data, chosen)
     rows = Rows(row, *heads_of(data))
     entries = [Entry(name, tuple(tensor.shape), GgmlType.F32, partial(_give, tensor)) for name, tensor in extra.items()]
@@ -151,7 +166,10 @@ def _from_folder(files: CheckpointFiles, checkpoint: Checkpoint | None) -> Sourc
     # Without any of these Transformers makes an empty tokenizer of the model's kind.
     has_tokenizer = any((files.folder / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder) if has_tokenizer else None
-    return Source(config, tokenizer, _weights(files, checkpoint), files.folder.name)
+    source = Source(config, tokenizer, _weights(files, checkpoint), files.folder.name)
+    if checkpoint is not None and isinstance(checkpoint.settings, GgufSettings):
+        source.label, source.skip = checkpoint.settings.label, checkpoint.settings.skip
+    return source
 
 
 def _from_gguf(files: GgufCheckpointFiles, checkpoint: Checkpoint | None) -> Source:
@@ -166,16 +184,55 @@ def _weights(files: CheckpointFiles | GgufCheckpointFiles, checkpoint: Checkpoin
         return {name: Weight(files.layout(name)[0], partial(files.tensor, name)) for name in files.names()}
     dense = {name: Weight(files.layout(name)[0], partial(files.tensor, name)) for name in checkpoint.dense}
     shapes = checkpoint.plan.shapes
+    own = checkpoint.settings.types if isinstance(checkpoint.settings, GgufSettings) else {}
     packed = {
-        f"{module}.weight": Weight(shapes[module], partial(checkpoint.weights.__getitem__, module), True)
+        f"{module}.weight": Weight(
+            shapes[module], partial(checkpoint.weights.__getitem__, module), True, own.get(module)
+        )
         for module in checkpoint.weights
     }
     return dense | packed
 
 
-def _plan(row: Architecture, source: Source, config: Mapping[str, Any], chosen: Mixture | None) -> dict[str, _Planned]:
+@dataclass(frozen=True)
+class _Types:
+    """Which type each tensor of a file gets.
+
+    Attributes:
+        chosen: the mixture; None to keep numbers as they are.
+        made: whether the source was quantized under the mixture's name.
+    """
+
+    row: Architecture
+    source: Source
+    facts: ModelFacts
+    chosen: Mixture | None
+    made: bool
+
+    def __call__(self, target: str, shape: tuple[int, ...], stacked: tuple[int, ...], weight: Weight) -> GgmlType:
+        """Of one tensor, given one of the weights it is made of, and the shape of all of them together."""
+        if self.chosen is None:
+            return _kept_type(target, shape, weight)
+        kind = self.chosen(target, stacked, self.facts)
+        if not self.made or kind.dense:
+            return kind
+        if weight.type is not None:
+            return weight.type
+        return _kept_type(target, shape, weight) if self._skipped(target) else kind
+
+    def _skipped(self, target: str) -> bool:
+        """Whether a weight that is dense in the source is so because that was wanted.
+
+        Quantizing a model leaves the embedding and the head alone in any case; all else was skipped.
+        """
+        names = [end for end in ("token_embd", "output") if target == f"{end}.weight"]
+        if names == ["token_embd"] and self.facts.tied:
+            names.append("output")
+        return not names or any(matches(self.row.modules[end], self.source.skip) for end in names)
+
+
+def _plan(row: Architecture, source: Source, config: Mapping[str, Any], type_of: _Types) -> dict[str, _Planned]:
     """Every tensor of the file, in the order of the source."""
-    facts = facts_of(row, config)
     planned: dict[str, _Planned] = {}
     for name, weight in _needed(row, source, config):
         found = next((found for prefix in _PREFIXES if (found := to_gguf(row, f"{prefix}{name}"))), None)
@@ -185,9 +242,8 @@ def _plan(row: Architecture, source: Source, config: Mapping[str, Any], chosen: 
         turned = _is_transposed(row, target, name) and not weight.packed
         shape = _shape(row, target, weight.shape[::-1] if turned else weight.shape)
         if target not in planned:
-            stacked = shape if expert is None else (facts.experts, *shape)
-            kind = chosen(target, stacked, facts) if chosen else _kept_type(target, shape, weight)
-            planned[target] = _Planned(shape, kind, turned)
+            stacked = shape if expert is None else (type_of.facts.experts, *shape)
+            planned[target] = _Planned(shape, type_of(target, shape, stacked, weight), turned)
         planned[target].parts[expert] = weight
     for name, plan in planned.items():
         if None not in plan.parts:

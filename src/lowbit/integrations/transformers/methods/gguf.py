@@ -10,7 +10,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.algorithms.ggml import GgmlBlocks
-from lowbit.core import Kept, QuantSpec
+from lowbit.core import Kept, Plan, QuantSpec
 from lowbit.errors import FormatError, PlanError
 from lowbit.integrations.transformers.recipe import Choose, Method, Recipe
 from lowbit.wire import wire_named
@@ -28,7 +28,8 @@ class GgufConfig(QuantizationConfigMixin):
     Args:
         gguf_file: Transformers fills in what ``from_pretrained(..., gguf_file=...)`` names.
         dequantize: turn the loaded file into a dense model.
-        type: a type (``Q4_K``) or a mixture (``Q4_K_M``) to quantize a dense model to.
+        type: a type (``Q4_K``) or a mixture (``Q4_K_M``) to quantize a dense model to; the smallest, such as
+            ``IQ2_XS``, need calibration data.
         modules_to_not_convert: patterns of modules that stay dense, see :func:`lowbit.nn.planning.matches`.
 
     Raises:
@@ -54,6 +55,9 @@ class GgufConfig(QuantizationConfigMixin):
         self.gguf_file, self.dequantize = gguf_file, dequantize
         self.type, self.modules_to_not_convert = type, modules_to_not_convert
 
+    def leave_out(self, plan: Plan) -> None:
+        """Patterns stay as they were given: tensors say what is dense, and a file for llama.cpp is made by these."""
+
     def to_dict(self) -> dict[str, Any]:
         """As it is stored: where the weights came from is of no use to a reader."""
         kept = {"type": self.type, "modules_to_not_convert": self.modules_to_not_convert}
@@ -68,21 +72,22 @@ def recipe(config: Any, data: Mapping[str, Any]) -> Recipe:
         wire=wire,
         settings=settings,
         algorithm=GgmlBlocks(),
-        skip=tuple(data.get("modules_to_not_convert") or ()),
+        skip=settings.skip,
         choose_for=partial(choose_for, settings.label),
     )
 
 
-def choose_for(label: str | None, model: Any) -> Choose:
-    """How llama.cpp would choose the type of each weight of a model.
+def choose_for(label: str | None, model: Any, calibrated: bool) -> Choose:
+    """How llama.cpp would choose the type of each weight of a model, with an importance matrix or without one.
 
     Raises:
-        PlanError: no type is given.
+        PlanError: no type is given, or one that isn't made without calibration data.
         FormatError: there is no such type.
     """
     if label is None:
         raise PlanError("to quantize a dense model, give GgufConfig a type, such as Q4_K_M")
-    chosen, config = mixture(label), model.config.get_text_config(decoder=True).to_dict()
+    chosen = mixture(label, importance=calibrated)
+    config = model.config.get_text_config(decoder=True).to_dict()
     try:
         row = architecture_for(config)
     except FormatError:  # GGUF has no names for this model's weights: all get the type of most.
