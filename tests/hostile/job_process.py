@@ -90,9 +90,12 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
 
     Its fields: the folders `source`, `job` and `out`; `learn`, whether to learn afterwards; `round`, whether to round
     to nearest; `place` and `kill`, the call at which the process is killed; `file_bytes`, more of which no file may
-    have; `memory_bytes`, more of which may not be taken; `samples` and `length` of the data.
+    have; `memory_bytes`, more of which may not be taken; `cgroup`, the folder of one to go into; `samples` and `length`
+    of the data.
     """
     answer: dict[str, Any] = {}
+    if "cgroup" in request:
+        (Path(request["cgroup"]) / "cgroup.procs").write_text(str(os.getpid()))
     method = tiny_jobs.gptq(distill=tiny_jobs.LEARNING if request.get("learn") else None)
     if request.get("round"):
         method = replace(method, algorithm_of=lambda name: ROUNDING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import errno
 import json
@@ -35,6 +36,7 @@ from lowbit.errors import PlanError
 from lowbit.integrations.transformers import calibrate
 from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun
 from lowbit.integrations.transformers.calibrated_methods import Equalizer
+from memory_cgroup import memory_cgroup
 
 CPU = torch.device("cpu")
 
@@ -714,8 +716,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_larger_than_the_memory(wide: Path, processes: Processes, tmp_path: Path) -> None:
     """A process that may take a few blocks, less than the dense model, quantizes and writes it; it is killed otherwise.
 
-    The limits of the operating system don't serve here: what is mapped from files, and can be dropped at any time,
-    counts against RLIMIT_AS and, where it is mapped privately as torch does it, against RLIMIT_DATA.
+    What is mapped from files, and can be dropped at any time, is left out. (It counts against RLIMIT_AS and, where it
+    is mapped privately as torch does it, against RLIMIT_DATA.)
     """
     assert 0.6 * (wide / "model.safetensors").stat().st_size > NEEDED
     answer = processes.run(wide, tmp_path / "job", tmp_path / "out", round=True, samples=2, memory_bytes=NEEDED)
@@ -724,3 +726,28 @@ def test_a_model_larger_than_the_memory(wide: Path, processes: Processes, tmp_pa
     assert len(tiny_jobs.report_of(tmp_path / "out")["layers"]) == 7 * DEPTH
     refused = processes.run(wide, tmp_path / "less", tmp_path / "no", round=True, samples=2, memory_bytes=BLOCK)
     assert refused["status"] == -signal.SIGKILL  # so it is a limit
+
+
+@contextlib.contextmanager
+def limited(megabytes: float) -> Iterator[dict[str, str]]:
+    """What a request says to be held to so much by the system itself."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(memory_cgroup(int(megabytes * MIB)))
+        except OSError as error:
+            pytest.skip(f"no cgroup can be made here: {error}")
+        yield {"cgroup": str(folder)}
+
+
+def test_a_model_larger_than_its_cgroup(wide: Path, processes: Processes, tmp_path: Path) -> None:
+    """The system kills a process that takes more; it has some memory beside what was allocated, for its own tables."""
+    dense, needed = (wide / "model.safetensors").stat().st_size / MIB, NEEDED / MIB + 32
+    assert needed < 0.8 * dense
+    with limited(needed) as limit:
+        answer = processes.run(wide, tmp_path / "job", tmp_path / "out", round=True, samples=2, **limit)
+    assert answer["status"] == 0
+    assert "error" not in answer
+    assert len(tiny_jobs.report_of(tmp_path / "out")["layers"]) == 7 * DEPTH
+    with limited(BLOCK / MIB) as limit:
+        refused = processes.run(wide, tmp_path / "less", tmp_path / "no", round=True, samples=2, **limit)
+    assert refused["status"] == -signal.SIGKILL
