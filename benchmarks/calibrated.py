@@ -30,7 +30,7 @@ import lowbit
 from lowbit.algorithms.gptq import Gptq
 from lowbit.bench.perplexity import perplexity, token_windows
 from lowbit.calibration.data import Calibration, DataConfig, load_calibration
-from lowbit.calibration.tune import TuneConfig
+from lowbit.calibration.tune import SIGN_ROUND, TuneConfig
 from lowbit.integrations.transformers import best
 from lowbit.integrations.transformers.calibrate import Calibrated, CalibratedRun, versions
 from lowbit.integrations.transformers.calibrated_methods import Settings, calibrated_method
@@ -121,6 +121,8 @@ ROWS: dict[str, Row] = {
     "autoround 4-bit g128 sym": autoround(4, 128, symmetric=True),
     "autoround 3-bit g128 sym": autoround(3, 128, symmetric=True),
     "autoround 2-bit g64": autoround(2, 64, symmetric=False),
+    "autoround 4-bit g128 sym, from gptq": gptq(4, 128, symmetric=True, tune=SIGN_ROUND),
+    "autoround 2-bit g64, from gptq": gptq(2, 64, symmetric=False, tune=SIGN_ROUND),
     "best 4.25": chosen(4.25),
     "best 3.25": chosen(3.25),
     "best 2.35": chosen(2.35),
