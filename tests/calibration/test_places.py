@@ -90,7 +90,8 @@ def test_a_device_holds_them_where_it_has_four_times_as_much_free(monkeypatch: p
 def test_what_torch_may_not_take_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.1)
-    assert free_memory(torch.device("cuda")) == 5 << 30
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
-    assert free_memory(torch.device("cuda")) == 60 << 30
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # torch gives the share of a device only by its number.
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", {0: 1.0, 1: 0.1}.__getitem__)
+    assert free_memory(torch.device("cuda", 0)) == 60 << 30
+    assert free_memory(torch.device("cuda", 1)) == free_memory(torch.device("cuda")) == 5 << 30
