@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import lowbit
 
@@ -22,6 +25,17 @@ def _seeded() -> None:
 def small() -> Path:
     """The embedded language model."""
     return Path(lowbit.__file__).parent / "assets" / "small"
+
+
+@pytest.fixture(params=["lowbit", "registered"])
+def auto(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`AutoModelForCausalLM`, of lowbit, or Transformers' own after `lowbit.register()`."""
+    if request.param == "lowbit":
+        yield lowbit.AutoModelForCausalLM
+        return
+    lowbit.register()
+    yield transformers.AutoModelForCausalLM
+    lowbit.unregister()
 
 
 @pytest.fixture(scope="session")

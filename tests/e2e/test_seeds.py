@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,6 @@ from lowbit.algorithms import int8_spec, quantize
 from lowbit.nn import QuantLinear, plan_model, quantize_model
 
 PROMPT = "The city of London is"
-
-
-@pytest.fixture(params=["lowbit", "registered"])
-def auto(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """`AutoModelForCausalLM`, of lowbit, or Transformers' own after `lowbit.register()`."""
-    if request.param == "lowbit":
-        yield lowbit.AutoModelForCausalLM
-        return
-    lowbit.register()
-    yield transformers.AutoModelForCausalLM
-    lowbit.unregister()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,17 +67,6 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
-
-
-@pytest.fixture(params=["lowbit", "registered"])
-def auto(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """`AutoModelForCausalLM`, of lowbit, or Transformers' own after `lowbit.register()`."""
-    if request.param == "lowbit":
-        yield lowbit.AutoModelForCausalLM
-        return
-    lowbit.register()
-    yield transformers.AutoModelForCausalLM
-    lowbit.unregister()
 
 
 def run_of(

@@ -25,7 +25,7 @@ from lowbit.algorithms.descent import Descent
 from lowbit.algorithms.factor import Factor, factorize, full_precision
 from lowbit.algorithms.grid import Choice, Grid, by_range, search
 from lowbit.algorithms.replay import Replayed
-from lowbit.algorithms.report import LayerReport
+from lowbit.algorithms.report import LayerReport, quadratic
 from lowbit.algorithms.statistics import DEVIATION, HESSIAN, Statistics
 from lowbit.core import IntCode, QuantSpec, QuantTensor, TableCode, pack
 from lowbit.errors import PlanError
@@ -388,19 +388,15 @@ def _report(made: QuantTensor, weight: Tensor, target: Tensor, inputs: _Inputs, 
         notes += (f"the Hessian could not be factorized in {factor.attempts} attempts: rounded to nearest",)
     elif factor.attempts > 1:
         notes += (f"the Hessian could be factorized only with {factor.damp:g} of its mean diagonal added",)
-    error = _quadratic(target - dense, inputs.hessian)
+    error = quadratic(target - dense, inputs.hessian)
     return LayerReport(
         damp=factor.damp,
         attempts=factor.attempts,
         fallback=not factor.usable,
         weight_error=_ratio((weight - dense).square().sum(), weight.square().sum()),
-        output_error=_ratio(error, _quadratic(weight, inputs.hessian)),
+        output_error=_ratio(error, quadratic(weight, inputs.hessian)),
         notes=notes,
     )
-
-
-def _quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
-    return ((weight @ hessian) * weight).sum()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

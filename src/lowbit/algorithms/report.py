@@ -39,11 +39,13 @@ def measured(weight: Tensor, tensor: QuantTensor, statistics: Statistics) -> Lay
     relative = float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
     output = relative
     if statistics.hessian is not None:
-        output = _quadratic(difference, statistics.hessian) / max(1e-30, _quadratic(weight, statistics.hessian))
+        whole = float(quadratic(weight, statistics.hessian))
+        output = float(quadratic(difference, statistics.hessian)) / max(1e-30, whole)
     elif (importance := statistics.importance()) is not None:
         output = float((difference.square() @ importance).sum() / (weight.square() @ importance).sum().clamp(min=1e-30))
     return LayerReport(0.0, 0, False, relative, output)
 
 
-def _quadratic(weight: Tensor, hessian: Tensor) -> float:
-    return float(((weight @ hessian) * weight).sum())
+def quadratic(weight: Tensor, hessian: Tensor) -> Tensor:
+    """``tr(W H Wᵀ)`` of ``weight [out, in]`` and ``hessian [in, in]``."""
+    return ((weight @ hessian) * weight).sum()
